@@ -1,0 +1,1 @@
+"""How outputs move when the trainable parameters move: features, their second moments, spectra."""
