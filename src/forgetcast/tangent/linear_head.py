@@ -57,9 +57,7 @@ class LinearHead:
         """A head of zeros, the usual start on frozen features."""
         require_integer("width", width, least=1)
         require_integer("outputs", outputs, least=1)
-        return LinearHead(
-            torch.zeros(width, outputs, dtype=dtype), torch.zeros(outputs, dtype=dtype) if bias else None
-        )
+        return LinearHead(torch.zeros(width, outputs, dtype=dtype), torch.zeros(outputs, dtype=dtype) if bias else None)
 
     @staticmethod
     def from_module(module: nn.Linear) -> "LinearHead":

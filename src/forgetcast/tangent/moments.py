@@ -1,6 +1,7 @@
 """Second moments of features: all that the primal form needs, and all that a task must leave behind."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Self
 
 import torch
@@ -81,7 +82,7 @@ def gram(phi: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:
     width = phi.shape[1]
     result = phi.new_empty(width, width)
     edges = torch.linspace(0, width, PANELS + 1).long().tolist() if width >= 128 else [0, width]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         panel = phi[:, start:stop].T @ phi[:, start:]
         result[start:stop, start:] = panel
         result[stop:, start:stop] = panel[:, stop - start :].T

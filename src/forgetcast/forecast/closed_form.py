@@ -1,0 +1,205 @@
+r"""The squared loss in closed form: weights after any number of steps from one factorisation.
+
+With curvature factor c, Hessian `H = c S + P` (S second moments of the new features, P of a quadratic penalty),
+weight decay w, drift penalty l and the gradient `g = c phi^T (phi W - Y) + grad P` at the start,
+
+    Delta W = -V phi(h + w + l) V^T (g + w W),      H = V diag(h) V^T
+
+for every training that is linear in the gradient. In the null space of H the same formula holds with h = 0.
+"""
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from forgetcast.forecast.penalty import QuadraticPenalty
+from forgetcast.forecast.training import ClosedForm, GradientDescent, GradientFlow, data_curvature
+from forgetcast.tangent.features import Features, target_matrix
+from forgetcast.tangent.linear_head import apply_head, with_bias
+from forgetcast.tangent.moments import bordered_gram, gram
+from forgetcast.tangent.spectrum import Spectrum, product_type, spectrum_of_gram, spectrum_of_rows
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What one pass over the new features leaves: `S` or its spectrum, `phi^T (phi W - Y)`, n, the squared error.
+
+    Attributes:
+        gram: S (rows, rows), or None in the dual form.
+        spectrum: the spectrum of S in the dual form, else None.
+        slope: (rows, C) `phi^T (phi W - Y)`, float64.
+        rows: number of samples.
+        squared_error: `||phi W - Y||^2`.
+        product_type: the type the products were taken in.
+    """
+
+    gram: Float[Tensor, "rows rows"] | None
+    spectrum: Spectrum | None
+    slope: Float[Tensor, "rows C"]
+    rows: int
+    squared_error: float
+    product_type: torch.dtype
+
+    @property
+    def second_moments(self) -> Spectrum:
+        """Spectrum of S."""
+        if self.spectrum is not None:
+            return self.spectrum
+        assert self.gram is not None
+        return spectrum_of_gram(self.gram, self.product_type)
+
+
+def read(new: Features, weight: Float[Tensor, "rows C"], *, primal: bool = False) -> Reading:
+    """One pass over the new features. Dual (n x n) when there are fewer samples than features, unless `primal`."""
+    outputs = weight.shape[1]
+    dual = not primal and new.rows is not None and new.rows < len(weight)
+    total: Tensor | None = None
+    slope = torch.zeros_like(weight)
+    rows, squared_error = 0, 0.0
+    for phi, y in new.blocks():
+        residual = apply_head(weight, phi) - target_matrix(new.name, y, outputs, phi)
+        slope = slope.to(phi.device)
+        slope[: phi.shape[1]] += phi.T @ residual
+        if len(weight) > phi.shape[1]:
+            slope[-1] += residual.sum(0)
+        squared_error += float(residual.square().sum())
+        rows += len(phi)
+        if not dual:
+            part = gram(phi) if phi.shape[1] == len(weight) else bordered_gram(phi)
+            total = part if total is None else total.add_(part)
+    spectrum = spectrum_of_rows(with_bias(new.gather()[0], len(weight))) if dual else None
+    return Reading(total, spectrum, slope, rows, squared_error, product_type(new))
+
+
+@dataclass(frozen=True, eq=False)
+class Directions:
+    """The part of the closed form that belongs to some outputs: their Hessian and gradient, rotated once.
+
+    Attributes:
+        columns: the outputs.
+        spectrum: of the Hessian that these outputs feel.
+        slope: `V^T g`; slope_rest is what of g lies outside the span of V.
+        weight: `V^T W`; weight_rest likewise.
+    """
+
+    columns: list[int]
+    spectrum: Spectrum
+    slope: Float[Tensor, "k c"]
+    slope_rest: Float[Tensor, "rows c"]
+    weight: Float[Tensor, "k c"]
+    weight_rest: Float[Tensor, "rows c"]
+
+    @staticmethod
+    def of(
+        columns: list[int], spectrum: Spectrum, slope: Float[Tensor, "rows c"], weight: Float[Tensor, "rows c"]
+    ) -> "Directions":
+        """Rotate gradient and weights into the eigenvectors. Cost: 4 rows^2 c."""
+        V = spectrum.vectors
+        rotated_slope, rotated_weight = V.T @ slope, V.T @ weight
+        if spectrum.complete:
+            nothing = torch.zeros_like(slope)
+            return Directions(columns, spectrum, rotated_slope, nothing, rotated_weight, nothing)
+        rest = slope - V @ rotated_slope, weight - V @ rotated_weight
+        return Directions(columns, spectrum, rotated_slope, rest[0], rotated_weight, rest[1])
+
+    def change(self, training: ClosedForm, dial: float) -> Float[Tensor, "rows c"]:
+        """Change of these outputs' weights. Cost: 2 rows^2 c."""
+        decay = training.decay(dial)
+        shift = training.drift_penalty + (training.weight_decay if training.dial != "penalty" else 0.0)
+        values = torch.where(self.spectrum.values > self.spectrum.floor, self.spectrum.values, 0.0)
+        phi = training.filter(torch.cat([values, values.new_zeros(1)]) + shift, dial)
+        moved = self.spectrum.vectors @ (phi[:-1, None] * (self.slope + decay * self.weight))
+        if not self.spectrum.complete:
+            moved += phi[-1] * (self.slope_rest + decay * self.weight_rest)
+        return -moved
+
+
+@dataclass(frozen=True, eq=False)
+class ClosedPath:
+    """Weights along a closed-form training, for any value of its dial (steps, time or penalty).
+
+    Attributes:
+        training: what is run.
+        parts: outputs that the loss sees, and the others if there are any.
+        new_spectrum: spectrum of the second moments of the new features.
+        outputs: C.
+    """
+
+    training: ClosedForm
+    parts: tuple[Directions, ...]
+    new_spectrum: Spectrum
+    outputs: int
+
+    def changes(self, dials: list[float]) -> list[Float[Tensor, "rows C"]]:
+        """Delta W for each value of the dial. Cost: 2 rows^2 C each."""
+        return [self._change(dial) for dial in dials]
+
+    def _change(self, dial: float) -> Float[Tensor, "rows C"]:
+        whole = self.parts[0].change(self.training, dial)
+        if len(self.parts) == 1 and whole.shape[1] == self.outputs:
+            return whole
+        result = whole.new_zeros(len(whole), self.outputs)
+        result[:, self.parts[0].columns] = whole
+        for part in self.parts[1:]:
+            result[:, part.columns] = part.change(self.training, dial)
+        return result
+
+
+def closed_path(
+    training: ClosedForm, new: Features, weight: Float[Tensor, "rows C"], penalty: QuadraticPenalty | None
+) -> ClosedPath:
+    """Read the new features once, factor once, and return the weights along the whole training.
+
+    Cost: n rows^2 for the moments (or n^2 rows in the dual form) and about 9 rows^3 for the factorisation.
+
+    Raises:
+        ValueError: an unstable learning rate (names the largest stable one), bad features or targets.
+    """
+    reading = read(new, weight, primal=penalty is not None)
+    outputs = weight.shape[1]
+    seen = sorted(training.classes) if training.classes is not None else list(range(outputs))
+    scale = training.data_weight * data_curvature(training.reduction, reading.rows, len(seen))
+    moments = reading.second_moments
+    weight = weight.to(reading.slope.device)
+    slope = scale * reading.slope
+    if penalty is None:
+        hessian = Spectrum(scale * moments.values, moments.vectors, scale * moments.floor)
+        other = Spectrum(moments.values[:0], moments.vectors[:, :0], 0.0)
+        own = slope
+        rest = torch.zeros_like(slope)
+    else:
+        assert reading.gram is not None
+        hessian = spectrum_of_gram(scale * reading.gram + penalty.hessian(), reading.product_type)
+        other = spectrum_of_gram(penalty.hessian(), torch.float64)
+        rest = penalty.gradient(weight)
+        own = slope + rest
+    steepest = float(hessian.values[0]) + training.weight_decay + training.drift_penalty
+    training.check_stable(steepest)
+    _warn_of_noise(training, hessian, reading.product_type)
+    parts = [Directions.of(seen, hessian, own[:, seen], weight[:, seen])]
+    unseen = [column for column in range(outputs) if column not in set(seen)]
+    if unseen:
+        parts.append(Directions.of(unseen, other, rest[:, unseen], weight[:, unseen]))
+    return ClosedPath(training, tuple(parts), moments, outputs)
+
+
+def _warn_of_noise(training: ClosedForm, hessian: Spectrum, kind: torch.dtype) -> None:
+    """Warn where a long single-precision training would resolve eigenvalues that are rounding noise."""
+    if kind == torch.float64:
+        return
+    if isinstance(training, GradientDescent):
+        rate = training.learning_rate
+        reach = rate * training.steps if isinstance(rate, float | int) else float(sum(rate))
+        reach /= 1 - training.momentum
+    else:
+        reach = training.time if isinstance(training, GradientFlow) else 0.0
+    if reach * hessian.floor > 0.1:
+        warnings.warn(
+            f"this training resolves curvatures down to {1 / reach:.2g}, but those below {hessian.floor:.2g} are "
+            "rounding noise of the float32 products and count as zero; give the features in float64 for an exact "
+            "forecast of so long a run",
+            stacklevel=4,
+        )

@@ -1,0 +1,336 @@
+"""The exact forecast for a linear head on frozen features."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from time import perf_counter
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from forgetcast.checks import complaint, require_integer, require_number
+from forgetcast.forecast.closed_form import closed_path
+from forgetcast.forecast.modes import Certificate, Modes, Order, VulnerableRank, certificate, mode_table
+from forgetcast.forecast.modes import vulnerable_rank as vulnerable_rank_of
+from forgetcast.forecast.penalty import QuadraticPenalty
+from forgetcast.forecast.result import Cost, Forecast, share_right
+from forgetcast.forecast.simulate import simulate_full_batch, simulate_minibatch
+from forgetcast.forecast.training import GradientDescent, GradientFlow, Ridge, Training
+from forgetcast.tangent.features import Features, check_targets
+from forgetcast.tangent.linear_head import LinearHead, apply_head, check_width, with_bias
+from forgetcast.tangent.moments import bordered_gram, gram, streamed_gram
+from forgetcast.tangent.spectrum import Overlap, Spectrum, overlap, product_type, spectrum_of, spectrum_of_gram
+
+Change = Float[Tensor, "rows C"]
+
+
+@dataclass(frozen=True, eq=False)
+class WeightPath:
+    """Where a training takes the head: `changes(dials)` gives Delta W (rows, C) for rising values of the dial.
+
+    Attributes:
+        changes: from rising dial values to weight changes.
+        final: the value of the dial at the end of the training.
+        new_spectrum: makes the spectrum of the new features.
+        form: how it is computed.
+    """
+
+    changes: Callable[[list[float]], list[Change]]
+    final: float
+    new_spectrum: Callable[[], Spectrum]
+    form: str
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """Forecasts along a training, from one factorisation or one simulation.
+
+    Attributes:
+        dial: what varies: "steps", "time" or "penalty".
+        values: its values.
+        changes: Delta W (rows, C) at each of them.
+    """
+
+    dial: str
+    values: tuple[float, ...]
+    changes: tuple[Change, ...]
+    _forecast: "LinearForecast"
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, index: int) -> "LinearForecast":
+        """The whole forecast at one value. Cost: one pass over the old features."""
+        return self._forecast.with_change(self.changes[index], self.dial, self.values[index])
+
+    @cached_property
+    def mean_squared_drift(self) -> Float[Tensor, " t"]:
+        """`tr(Delta W^T S_old Delta W) / n_old` at each value, from the old second moments. Cost: 2 rows^2 C each."""
+        gram, rows = self._forecast.old_gram, len(self._forecast.drift)
+        energies = [float((change * (gram @ change)).sum()) / rows for change in self.changes]
+        return torch.tensor(energies, dtype=torch.float64)
+
+    @cached_property
+    def accuracy(self) -> Float[Tensor, " t"]:
+        """Forecast accuracy of the old samples at each value. Cost: one pass, n_old rows C products a value."""
+        return self._forecast.accuracies(self.changes)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LinearForecast(Forecast):
+    """A `Forecast` of a linear head, with its trajectory, its modes and the overlap of the feature spaces.
+
+    Attributes:
+        change: Delta W (rows, C) float64 at the end of the training; the last row is the bias, if there is one.
+        head: the head at the start.
+    """
+
+    change: Change
+    head: LinearHead
+    _old: Features
+    _old_gram: Float[Tensor, "rows rows"] | None
+    _path: WeightPath
+
+    @property
+    def head_after(self) -> LinearHead:
+        """The head that the training is predicted to end with."""
+        return self.head.replaced(self.head.stacked() + self.change.cpu())
+
+    @cached_property
+    def old_gram(self) -> Float[Tensor, "rows rows"]:
+        """Second moments of the old features (bias counted as a constant feature). Cost: one pass, n_old rows^2."""
+        return streamed_gram(self._old, len(self.change)) if self._old_gram is None else self._old_gram
+
+    @cached_property
+    def old_spectrum(self) -> Spectrum:
+        """Spectrum of the old second moments, from the samples where they are fewer than the features."""
+        if self._old.rows is not None and self._old.rows < len(self.change):
+            return spectrum_of(self._old, len(self.change))
+        return spectrum_of_gram(self.old_gram, product_type(self._old))
+
+    @cached_property
+    def new_spectrum(self) -> Spectrum:
+        """Spectrum of the new second moments."""
+        return self._path.new_spectrum()
+
+    def modes(self, k: int = 10) -> Modes:
+        """The first `k` eigenmodes of the old Gram with the forecast drift along each."""
+        return mode_table(self.old_spectrum, self.change, k)
+
+    def sample_modes(self, k: int = 10) -> Float[Tensor, "n k"]:
+        """Unit eigenvectors u_j of the old Gram, one column each: how strongly each old sample sits in mode j.
+
+        Modes whose eigenvalue is rounding noise are zero columns. Cost: one pass, 2 n_old rows k.
+        """
+        old = self.old_spectrum
+        count = min(k, len(old.values))
+        kept = old.values[:count] > old.floor
+        scale = torch.where(kept, old.values[:count].clamp_min(torch.finfo(torch.float64).tiny).rsqrt(), 0.0)
+        basis = old.vectors[:, :count] * scale
+        return torch.cat([apply_head(basis, phi) for phi, _ in self._old.blocks()])
+
+    def vulnerable_rank(self, energy: float = 0.9, order: Order = "eigenvalue") -> VulnerableRank:
+        """Fewest old modes, in `order`, that carry the share `energy` of the forecast drift."""
+        return vulnerable_rank_of(self.old_spectrum, self.change, energy, order)
+
+    def certificate(self, k: int) -> Certificate:
+        """Bounds on the drift outside the first `k` old modes."""
+        return certificate(self.old_spectrum, self.change, k, self.new_spectrum.rank)
+
+    def overlap(self) -> Overlap:
+        """NTK overlap (principal angles) of the old and the new feature space."""
+        return overlap(self.old_spectrum, self.new_spectrum)
+
+    def at(
+        self,
+        steps: Sequence[int] | None = None,
+        *,
+        time: Sequence[float] | None = None,
+        penalty: Sequence[float] | None = None,
+    ) -> Trajectory:
+        """The forecast at several `steps` (descent), `time`s (flow) or `penalty`s (ridge) at once.
+
+        Closed forms take them from the factorisation at hand; simulations run once to the last one.
+
+        Raises:
+            ValueError: a dial that this training does not have, a value out of its range.
+        """
+        given = {k: v for k, v in {"steps": steps, "time": time, "penalty": penalty}.items() if v is not None}
+        dial = self.settings["training"]["dial"]
+        if set(given) != {dial}:
+            raise complaint(
+                f"got {sorted(given) or 'nothing'}", f"values of {dial!r} for this training", f"Call at({dial}=[...])."
+            )
+        values = list(given[dial])
+        for value in values:
+            if dial == "steps":
+                require_integer("steps", value)
+                if isinstance(self.settings["training"]["learning_rate"], list | tuple) and value > self._path.final:
+                    raise complaint(
+                        f"got steps={value}", f"at most {self._path.final:g}", "The schedule ends there: extend it."
+                    )
+            else:
+                require_number(dial, value)
+        rising = sorted(set(values))
+        changes = dict(zip(rising, self._path.changes(rising), strict=True))
+        return Trajectory(dial, tuple(values), tuple(changes[v] for v in values), self)
+
+    def with_change(self, change: Change, dial: str, value: float) -> "LinearForecast":
+        """The same forecast for another weight change (one point of a trajectory)."""
+        started = perf_counter()
+        drift = torch.cat([apply_head(change, phi) for phi, _ in self._old.blocks()])
+        settings = {**self.settings, "training": {**self.settings["training"], dial: value}}
+        cost = Cost(perf_counter() - started, {"old": 1, "new": 0}, self.cost.form)
+        return replace(self, drift=drift, settings=settings, cost=cost, change=change)
+
+    def accuracies(self, changes: Sequence[Change]) -> Float[Tensor, " t"]:
+        """Accuracy of the old samples for several weight changes, in one pass over the old features."""
+        labels = self.labels
+        hits = [0.0] * len(changes)
+        row = 0
+        for phi, _ in self._old.blocks():
+            part = slice(row, row + len(phi))
+            for index, change in enumerate(changes):
+                logits = self.logits_before[part] + apply_head(change, phi)
+                hits[index] += share_right(logits, labels[part]) * len(phi)
+            row += len(phi)
+        return torch.tensor(hits, dtype=torch.float64) / row
+
+
+def forecast_linear(
+    old: Features,
+    new: Features,
+    head: LinearHead,
+    training: Training,
+    penalty: QuadraticPenalty | None = None,
+) -> LinearForecast:
+    r"""Say what training a linear head on new data will do to its old answers, before the first step. Exact.
+
+        Delta F = phi_old Delta W,    Delta W = -V phi(c s + w + l) V^T g        (squared loss, any linear training)
+
+    Cross-entropy and minibatches are run in feature space: exact as well, see `forgetcast.forecast.simulate`.
+
+    Args:
+        old: features (n_old, d) and targets of old samples; targets may be left out (no accuracy then).
+        new: features (n_new, d) and targets of the new task.
+        head: the head now, (d, C), with all outputs that will be scored (`LinearHead.grow`).
+        training: how the new task will be trained.
+        penalty: a quadratic penalty of that training, such as the spectral regulariser.
+
+    Returns:
+        The forecast: drift and logits in the type of the old features, spectra in float64.
+
+    Raises:
+        ValueError: features, targets, head and training that do not fit each other, an unstable learning rate.
+
+    Cost: one pass over the new features with n_new d^2 products and one d x d factorisation (n_new x n_new in the
+    dual form, when n_new < d), then one pass over the old features with n_old d C. Memory: one block of features,
+    d^2 and n_old C numbers; nothing of the size of samples x outputs squared.
+
+    Source: arXiv 2606.18024, Proposition 1 (ridge); other trainings derived in the same way.
+
+    Examples:
+        >>> import numpy as np, forgetcast as fc
+        >>> draw = np.random.default_rng(0)
+        >>> old = fc.Features(draw.normal(size=(40, 8)), draw.integers(0, 2, 40))
+        >>> new = fc.Features(draw.normal(size=(30, 8)), draw.integers(2, 4, 30))
+        >>> head = fc.LinearHead(draw.normal(size=(8, 4)), np.zeros(4))
+        >>> forecast = fc.forecast_linear(old, new, head, fc.GradientDescent(learning_rate=0.1, steps=50))
+        >>> forecast.drift.shape
+        torch.Size([40, 4])
+    """
+    started = perf_counter()
+    for features in (old, new):
+        if features.is_array:
+            check_width(features.name, features.phi, head)
+            if features.y is not None or features is new:
+                check_targets(features.name, features.y, head.outputs)
+    check_classes(training, head.outputs)
+    path = weight_path(new, head, training, penalty)
+    (change,) = path.changes([path.final])
+    drift, before, targets, old_gram = _read_old(old, head, change)
+    settings = {"training": describe(training), "penalty": penalty is not None}
+    cost = Cost(perf_counter() - started, {"old": 1, "new": 1}, path.form)
+    return LinearForecast(
+        drift=drift,
+        logits_before=before,
+        targets=targets,
+        settings=settings,
+        cost=cost,
+        change=change,
+        head=head,
+        _old=old,
+        _old_gram=old_gram,
+        _path=path,
+    )
+
+
+def weight_path(new: Features, head: LinearHead, training: Training, penalty: QuadraticPenalty | None) -> WeightPath:
+    """Where `training` on `new` takes the head: closed form for full-batch squared loss, else simulation."""
+    weight = head.stacked()
+    if penalty is not None and (penalty.root.shape[1], penalty.target.shape[1]) != tuple(weight.shape):
+        raise complaint(
+            f"a penalty on weights of shape ({penalty.root.shape[1]}, {penalty.target.shape[1]}) for a head of shape "
+            f"{tuple(weight.shape)} (bias included)",
+            "equal shapes",
+            "Build the penalty with this head, and grow both to the same number of outputs.",
+        )
+    if isinstance(training, Ridge | GradientFlow) or (
+        isinstance(training, GradientDescent) and training.loss == "squared"
+    ):
+        path = closed_path(training, new, weight, penalty)
+        form = "dual" if not path.new_spectrum.complete else "primal"
+        final = float(getattr(training, training.dial))
+        return WeightPath(path.changes, final, lambda: path.new_spectrum, form)
+    phi, y = new.gather()
+    check_width(new.name, phi, head)
+    y = check_targets(new.name, y, head.outputs)
+    extended = with_bias(phi, len(weight))
+    weight = weight.to(phi.device)
+
+    def changes(dials: list[float]) -> list[Change]:
+        steps = [int(dial) for dial in dials]
+        # A shorter or longer run of the same training: the schedule and order are prefixes, nothing else changes.
+        if isinstance(training, GradientDescent):
+            return simulate_full_batch(training, extended, y, weight, penalty, steps)
+        return simulate_minibatch(training, extended, y, weight, penalty, steps)
+
+    gathered = Features(phi, y, new.block_rows, new.name)
+    return WeightPath(changes, training.steps, lambda: spectrum_of(gathered, len(weight)), "simulation")
+
+
+def _read_old(old: Features, head: LinearHead, change: Change) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """One pass over the old features: drift, logits now, targets; the Gram too if there is no second pass."""
+    weight = head.stacked()
+    drift, before, targets = [], [], []
+    total: Tensor | None = None
+    for phi, y in old.blocks():
+        check_width(old.name, phi, head)
+        drift.append(apply_head(change, phi))
+        before.append(apply_head(weight, phi))
+        if y is not None:
+            targets.append(check_targets(old.name, y, head.outputs))
+        if old.read_once:
+            part = gram(phi) if phi.shape[1] == len(weight) else bordered_gram(phi)
+            total = part if total is None else total.add_(part)
+    return torch.cat(drift), torch.cat(before), torch.cat(targets) if targets else None, total
+
+
+def check_classes(training: Training, outputs: int) -> None:
+    """Raise if the loss is told to see an output that the head does not have."""
+    if training.classes is not None and max(training.classes) >= outputs:
+        raise complaint(
+            f"got training.classes={training.classes} for a head of {outputs} outputs",
+            f"outputs in 0 .. {outputs - 1}",
+            "Grow the head first: head.grow(number_of_classes).",
+        )
+
+
+def describe(training: Training) -> dict[str, Any]:
+    """A training as plain values for a record: its kind, its dial and every field."""
+    values = asdict(training)
+    if values.get("order") is not None:
+        values["order"] = [[int(i) for i in batch] for batch in values["order"]]
+    return {"kind": type(training).__name__, "dial": training.dial, "loss": training.loss} | values
