@@ -15,7 +15,7 @@ from forgetcast.forecast.closed_form import closed_path
 from forgetcast.forecast.modes import Certificate, Modes, Order, VulnerableRank, certificate, mode_table
 from forgetcast.forecast.modes import vulnerable_rank as vulnerable_rank_of
 from forgetcast.forecast.penalty import QuadraticPenalty
-from forgetcast.forecast.result import Cost, Forecast, share_right
+from forgetcast.forecast.result import Cost, Forecast
 from forgetcast.forecast.simulate import simulate_full_batch, simulate_minibatch
 from forgetcast.forecast.training import GradientDescent, GradientFlow, Ridge, Training
 from forgetcast.tangent.features import Features, check_targets
@@ -186,17 +186,35 @@ class LinearForecast(Forecast):
         return replace(self, drift=drift, settings=settings, cost=cost, change=change)
 
     def accuracies(self, changes: Sequence[Change]) -> Float[Tensor, " t"]:
-        """Accuracy of the old samples for several weight changes, in one pass over the old features."""
-        labels = self.labels
-        hits = [0.0] * len(changes)
+        """Accuracy of the old samples for several weight changes, in one pass over the old features.
+
+        Neighbouring points of a trajectory span few directions q: products with n_old rows q C instead of one each.
+        """
+        labels, outputs = self.labels, self.head.outputs
+        basis, mix = common_basis(changes, 1e-8 if self.drift.dtype == torch.float32 else 1e-15)
+        hits = torch.zeros(len(changes), dtype=torch.int64, device=labels.device)
         row = 0
-        for phi, _ in self._old.blocks():
-            part = slice(row, row + len(phi))
-            for index, change in enumerate(changes):
-                logits = self.logits_before[part] + apply_head(change, phi)
-                hits[index] += share_right(logits, labels[part]) * len(phi)
-            row += len(phi)
-        return torch.tensor(hits, dtype=torch.float64) / row
+        for block, _ in self._old.blocks():
+            for phi in torch.split(block, 1024):  # what is multiplied next stays in the cache
+                part = slice(row, row + len(phi))
+                drift = mix.to(phi) @ apply_head(basis, phi).view(len(phi), -1, outputs)
+                logits = drift.add_(self.logits_before[part, None])
+                hits += (logits.argmax(2) == labels[part, None]).sum(0)
+                row += len(phi)
+        return hits.double().cpu() / row
+
+
+def common_basis(changes: Sequence[Change], tolerance: float) -> tuple[Float[Tensor, "rows qC"], Float[Tensor, "t q"]]:
+    """Weight changes as mixtures of few: `changes[i] = sum_q mix[i, q] basis_q`, singular values cut at `tolerance`.
+
+    The basis comes as one wide head (rows, q C), so that one product serves all. Cost: t^2 rows C.
+    """
+    rows, outputs = changes[0].shape
+    stacked = torch.stack(list(changes)).flatten(1)
+    left, singular, right_vectors = torch.linalg.svd(stacked, full_matrices=False)
+    kept = max(int((singular > tolerance * singular[0]).sum()), 1)
+    mix = left[:, :kept] * singular[:kept]
+    return right_vectors[:kept].view(kept, rows, outputs).transpose(0, 1).reshape(rows, -1), mix
 
 
 def forecast_linear(
@@ -304,12 +322,14 @@ def weight_path(new: Features, head: LinearHead, training: Training, penalty: Qu
 def _read_old(old: Features, head: LinearHead, change: Change) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """One pass over the old features: drift, logits now, targets; the Gram too if there is no second pass."""
     weight = head.stacked()
+    both = torch.cat([change, weight.to(change)], 1)
     drift, before, targets = [], [], []
     total: Tensor | None = None
     for phi, y in old.blocks():
         check_width(old.name, phi, head)
-        drift.append(apply_head(change, phi))
-        before.append(apply_head(weight, phi))
+        moved, now = apply_head(both, phi).split(head.outputs, 1)  # one product of twice the width is faster
+        drift.append(moved)
+        before.append(now)
         if y is not None:
             targets.append(check_targets(old.name, y, head.outputs))
         if old.read_once:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils.data import RandomSampler
 
 from forgetcast.checks import complaint
 from forgetcast.forecast.penalty import QuadraticPenalty
@@ -68,10 +69,10 @@ def batches(training: Minibatch, rows: int) -> Iterator[Int[Tensor, " b"]]:
                 )
             yield batch
         return
-    generator = torch.Generator().manual_seed(training.seed)
+    sampler = RandomSampler(range(rows), generator=torch.Generator().manual_seed(training.seed))
     left = training.steps
     while left > 0:
-        epoch = torch.split(torch.randperm(rows, generator=generator), training.batch_size)[:left]
+        epoch = torch.split(torch.tensor(list(sampler)), training.batch_size)[:left]
         yield from epoch
         left -= len(epoch)
 

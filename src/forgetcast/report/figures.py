@@ -4,21 +4,23 @@ Colours mean the same everywhere: grey is before training, orange is forecast, b
 hold the data of all tasks and filter them by the parameter `task`, which the page sets.
 """
 
+import json
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from typing import Any
 
 import altair as alt
+import vl_convert
 
 Record = Mapping[str, Any]
 Rows = list[dict[str, Any]]
+Layers = alt.LayerChart | alt.FacetChart
 
 BEFORE, FORECAST, MEASURED, NEUTRAL = "#9aa5b5", "#e07a1f", "#2f6fde", "#8a94a6"
 WIDTH = 440
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 
 
-def accuracy_by_task(record: Record) -> alt.LayerChart:
+def accuracy_by_task(record: Record) -> Layers:
     """Mean accuracy on all old classes before, as forecast and as measured, one row per task."""
     rows: Rows = [
         {
@@ -33,12 +35,12 @@ def accuracy_by_task(record: Record) -> alt.LayerChart:
         for entry in record["tasks"]
     ]
     tooltip = [alt.Tooltip("name:N", title="after"), alt.Tooltip("classes:N", title="new classes")]
-    sort = alt.EncodingSortField(field="position", order="ascending")
-    chart = _bullets(alt.Chart(alt.Data(values=rows)), sort, tooltip)
-    return _sized(chart, len(rows)).properties(title="Accuracy on all old classes, after training each task")
+    sort = alt.EncodingSortField(field="position", op="max", order="ascending")
+    chart = _bullets(alt.Chart(_table(rows)), sort, tooltip)
+    return _sized(chart, len(rows)).properties(title="Accuracy on all old classes")
 
 
-def accuracy_by_class(record: Record) -> alt.LayerChart:
+def accuracy_by_class(record: Record) -> Layers:
     """Accuracy of each old class before, as forecast and as measured; the largest forecast drop comes first."""
     rows: Rows = [
         {
@@ -54,13 +56,13 @@ def accuracy_by_class(record: Record) -> alt.LayerChart:
         for item in entry["per_class"]
     ]
     tooltip = [alt.Tooltip("name:N", title="class"), alt.Tooltip("position:Q", title="forecast drop", format=".1%")]
-    sort = alt.EncodingSortField(field="position", order="descending")
+    sort = alt.EncodingSortField(field="position", op="max", order="descending")
     chart = _bullets(_of_one_task(rows), sort, tooltip).add_params(_task(record))
     longest = max(len(entry["per_class"]) for entry in record["tasks"])
-    return _sized(chart, longest).properties(title=_titles(record, "accuracy of each old class"))
+    return _sized(chart, longest).properties(title=_title("accuracy of each old class"))
 
 
-def drift(record: Record) -> alt.LayerChart:
+def drift(record: Record) -> Layers:
     """Measured change of each logit against its forecast, with the line on which the two agree."""
     points: Rows = [
         {"task": entry["task"], "forecast": predicted, "measured": measured}
@@ -78,7 +80,7 @@ def drift(record: Record) -> alt.LayerChart:
     line = _of_one_task(ends).mark_line(color=NEUTRAL, strokeDash=[5, 4]).encode(x=x, y=y)
     dots = _of_one_task(points).mark_circle(color=MEASURED, size=34, opacity=0.5).encode(x=x, y=y, tooltip=numbers)
     chart = alt.layer(line, dots).add_params(_task(record))
-    return chart.properties(width=WIDTH, height=320, title=_titles(record, "change of the outputs on old samples"))
+    return chart.properties(width=WIDTH, height=320, title=_title("change of the outputs on old samples"))
 
 
 def modes(record: Record) -> alt.ConcatChart:
@@ -106,17 +108,19 @@ def modes(record: Record) -> alt.ConcatChart:
 
     positive = spectrum.transform_fold(["eigenvalue", "energy"], as_=["quantity", "size"])
     positive = positive.transform_filter("datum.size > 0")
-    sizes = positive.mark_line(point=alt.OverlayMarkDef(size=22), strokeWidth=1).encode(
-        y=alt.Y("size:Q", title="size (log scale)", scale=alt.Scale(type="log"), axis=alt.Axis(format="~g")),
+    sizes = positive.mark_line(point={"size": 22}, strokeWidth=1).encode(
+        y=alt.Y(
+            "size:Q", title="size (log scale)", scale=alt.Scale(type="log"), axis=alt.Axis(format="~g", tickCount=5)
+        ),
         color=alt.Color("quantity:N", title=None, scale=alt.Scale(range=[NEUTRAL, FORECAST])),
     )
     share = alt.Y("cumulative:Q", title="energy up to this mode", axis=alt.Axis(format=".0%"))
-    gathered = spectrum.mark_line(color=FORECAST, point=alt.OverlayMarkDef(size=22), strokeWidth=1).encode(
+    gathered = spectrum.mark_line(color=FORECAST, point={"size": 22, "color": FORECAST}, strokeWidth=1).encode(
         y=share.scale(domain=[0, 1], clamp=True)
     )
     threshold = _of_one_task(ranks).mark_rule(color=NEUTRAL, strokeDash=[2, 3]).encode(y="energy:Q")
     label = rank.transform_calculate(label="'k = ' + datum.sample_modes").mark_text(
-        align="left", dx=6, dy=-8, color=NEUTRAL, fontWeight="bold"
+        align="left", dx=7, dy=-9, color=FORECAST, fontSize=12, fontWeight="bold"
     )
     label = label.encode(y=alt.datum(0), text="label:N")
     panels = [alt.layer(sizes, mark), alt.layer(gathered, threshold, mark, label)]
@@ -124,7 +128,7 @@ def modes(record: Record) -> alt.ConcatChart:
     return alt.concat(*sized, columns=2, title=_rank_titles(record)).add_params(_task(record))
 
 
-def accuracy_matrix(record: Record) -> alt.LayerChart:
+def accuracy_matrix(record: Record) -> Layers:
     """Accuracy on each task after each task: measured, and below it forecast where there is room for both."""
     measured, forecast = record["accuracy_matrix"]["measured"], record["accuracy_matrix"]["forecast"]
     cells: Rows = [
@@ -138,7 +142,7 @@ def accuracy_matrix(record: Record) -> alt.LayerChart:
         cell["small"] = "" if cell["forecast"] is None else f"({_percent(cell['forecast'])})"
     both = len(measured) <= 9
     size = min(13.0, 0.38 * WIDTH / len(measured))
-    base = alt.Chart(alt.Data(values=cells)).encode(
+    base = alt.Chart(_table(cells)).encode(
         x=alt.X("on:O", title="accuracy on the classes of task", axis=alt.Axis(labelAngle=0)),
         y=alt.Y("after:O", title="after training task"),
         tooltip=[
@@ -149,7 +153,7 @@ def accuracy_matrix(record: Record) -> alt.LayerChart:
         ],
     )
     shade = alt.Scale(domain=[0, 1], range=["#edf3fd", "#1f56b8"])
-    ink = alt.when("datum.measured > 0.55").then(alt.value("#ffffff")).otherwise(alt.value("#1d2733"))
+    ink = alt.when("datum.measured > 0.68").then(alt.value("#ffffff")).otherwise(alt.value("#1d2733"))
     boxes = base.mark_rect(cornerRadius=3).encode(color=alt.Color("measured:Q", scale=shade, legend=None))
     texts = base.mark_text(fontSize=size, dy=-6 if both else 0).encode(text="text:N", color=ink)
     smalls = [base.mark_text(fontSize=size - 3, dy=8, opacity=0.85).encode(text="small:N", color=ink)] if both else []
@@ -160,9 +164,15 @@ def accuracy_matrix(record: Record) -> alt.LayerChart:
 
 def themed(chart: alt.TopLevelMixin) -> dict[str, Any]:
     """The chart's Vega-Lite specification in the report's quiet style."""
-    styled = chart.configure(background="transparent", font=_FONT, padding=4)  # type: ignore[attr-defined]
+    styled = chart.configure(background="transparent", font=_FONT, padding=4)
     styled = styled.configure_view(stroke=None)
-    styled = styled.configure_title(anchor="start", fontSize=13.5, fontWeight=600, offset=12, color="#1d2733")
+    styled = styled.configure_title(
+        anchor="start",
+        fontSize=13.5,
+        fontWeight=600,
+        offset=12,
+        color="#1d2733",
+    )
     styled = styled.configure_axis(
         domain=False,
         ticks=False,
@@ -178,7 +188,7 @@ def themed(chart: alt.TopLevelMixin) -> dict[str, Any]:
         labelLimit=130,
     )
     styled = styled.configure_legend(orient="top", labelFontSize=12, labelColor="#5b6675", padding=0, offset=8)
-    spec: dict[str, Any] = styled.to_dict()
+    spec: dict[str, Any] = styled.to_dict(validate=False)
     return spec
 
 
@@ -189,20 +199,24 @@ def overview(record: Record) -> alt.VConcatChart:
         alt.hconcat(accuracy_by_class(record), drift(record), spacing=48).resolve_scale(color="independent"),
         modes(record),
     ]
-    return alt.vconcat(*rows, spacing=40, title=alt.Title(str(record["name"]), fontSize=20, offset=20)).resolve_scale(
-        color="independent"
-    )
+    title = alt.Title(str(record["name"]), fontSize=20, offset=20)
+    chart: alt.VConcatChart = alt.vconcat(*rows, spacing=40, title=title).resolve_scale(color="independent")
+    return chart
 
 
 def picture(record: Record) -> bytes:
     """The overview as PNG, at twice the resolution of the page."""
-    chart = alt.Chart.from_dict({**themed(overview(record)), "background": "#ffffff", "padding": 24})
-    buffer = BytesIO()
-    chart.save(buffer, format="png", scale_factor=2)
-    return buffer.getvalue()
+    spec = {**themed(overview(record)), "background": "#ffffff", "padding": 24}
+    png: bytes = vl_convert.vegalite_to_png(spec, vl_version=vega_lite_version(), scale=2)
+    return png
 
 
-def _bullets(base: alt.Chart, sort: alt.EncodingSortField, tooltip: Sequence[alt.Tooltip]) -> alt.LayerChart:
+def vega_lite_version() -> str:
+    """The version of Vega-Lite which the specifications are written for, as vl-convert names it."""
+    return ".".join(alt.SCHEMA_VERSION.split(".")[:2])
+
+
+def _bullets(base: alt.Chart, sort: alt.EncodingSortField, tooltip: Sequence[alt.Tooltip]) -> Layers:
     """Rows of a pale bar (before), a solid bar (measured) and a tick (forecast), each with all numbers on hover."""
     shares = [alt.Tooltip(f"{name}:Q", format=".1%") for name in ("before", "forecast", "measured")]
     constants = {f"is_{name}": f"'{name}'" for name in ("before", "forecast", "measured")}
@@ -215,7 +229,7 @@ def _bullets(base: alt.Chart, sort: alt.EncodingSortField, tooltip: Sequence[alt
     marks = {
         "before": rows.mark_bar(height=alt.RelativeBandSize(0.85), opacity=0.38, cornerRadiusEnd=2),
         "measured": rows.mark_bar(height=alt.RelativeBandSize(0.5), cornerRadiusEnd=2),
-        "forecast": rows.mark_tick(thickness=3, height=alt.RelativeBandSize(0.95)),
+        "forecast": rows.mark_tick(thickness=3, opacity=1, height=alt.RelativeBandSize(0.95)),
     }
     axis = alt.Axis(format=".0%", orient="top", tickCount=5)
     layers = [
@@ -228,9 +242,9 @@ def _bullets(base: alt.Chart, sort: alt.EncodingSortField, tooltip: Sequence[alt
     return alt.layer(*layers)
 
 
-def _sized(chart: alt.LayerChart, rows: int) -> alt.LayerChart:
+def _sized(chart: Layers, rows: int) -> Layers:
     """The chart with rows high enough to be read, and higher where there are few."""
-    return chart.properties(width=WIDTH, height=alt.Step(max(15, min(38, 300 // rows))))
+    return chart.properties(width=WIDTH, height=alt.Step(max(15, min(48, 300 // rows))))
 
 
 def _task(record: Record) -> alt.Parameter:
@@ -238,32 +252,32 @@ def _task(record: Record) -> alt.Parameter:
     return alt.param(name="task", value=record["tasks"][-1]["task"])
 
 
+def _table(rows: Rows) -> alt.InlineData:
+    """The rows as one text, which Altair passes on as it is where it would copy every row several times."""
+    return alt.InlineData(values=json.dumps(rows), format=alt.JsonDataFormat(type="json"))
+
+
 def _of_one_task(rows: Rows) -> alt.Chart:
     """A chart of those rows which belong to the task shown."""
-    return alt.Chart(alt.Data(values=rows)).transform_filter("datum.task === task")
+    return alt.Chart(_table(rows)).transform_filter("datum.task === task")
 
 
-def _titles(record: Record, text: str) -> alt.TitleParams:
-    """A title which follows the task shown."""
-    return _chosen_title({entry["task"]: text for entry in record["tasks"]})
+def _title(text: str) -> alt.TitleParams:
+    """A title which names the task shown."""
+    return alt.Title(alt.expr(f"'Task ' + task + {json.dumps(': ' + text)}"))
 
 
 def _rank_titles(record: Record) -> alt.TitleParams:
-    """For each task its vulnerable rank, with the share of energy and the order of modes which define it."""
-    ranks = {entry["task"]: entry["vulnerable_rank"] for entry in record["tasks"]}
-    return _chosen_title(
-        {
-            task: f"vulnerable rank {rank['sample_modes']} ({_percent(rank['energy'])} % of the energy, "
-            f"modes in order of {rank['order']})"
-            for task, rank in ranks.items()
-        }
-    )
-
-
-def _chosen_title(texts: Mapping[int, str]) -> alt.TitleParams:
-    """The title of the task shown, chosen in the chart itself."""
-    numbers, titles = list(texts), [f"Task {task}: {text}" for task, text in texts.items()]
-    return alt.Title(alt.expr(f"{titles!r}[indexof({numbers!r}, task)]"))
+    """The vulnerable rank of the task shown, with the share of energy and the order of modes which define it."""
+    lines = {
+        entry["task"]: (
+            f"Task {entry['task']}: vulnerable rank {rank['sample_modes']}",
+            f"{_percent(rank['energy'])} % of the energy, modes in order of {rank['order']}",
+        )
+        for entry in record["tasks"]
+        for rank in [entry["vulnerable_rank"]]
+    }
+    return alt.Title(alt.expr(f"({json.dumps(lines)})[task]"))
 
 
 def _extent(points: Sequence[Sequence[float]]) -> tuple[float, float]:

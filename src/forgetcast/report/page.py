@@ -8,7 +8,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-import altair as alt
 import vl_convert
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -22,7 +21,7 @@ SCHEMA = "forgetcast.record/1"
 FORMATS = {
     "share": lambda number: f"{100 * number:.1f} %",
     "points": lambda number: f"{100 * number:.1f}",
-    "tiny": lambda number: f"{number:.1e}",
+    "tiny": lambda number: f"{number:.2g}",
     "cosine": lambda number: f"{number:.4f}",
     "metric": lambda number: f"{number:.4g}",
     "plain": lambda number: f"{number}",
@@ -202,8 +201,7 @@ def script_json(value: Any) -> Markup:
 @cache
 def _javascript() -> Markup:
     """Vega, Vega-Lite and Vega-Embed in one script."""
-    version = ".".join(alt.SCHEMA_VERSION.split(".")[:2])
-    return Markup(vl_convert.javascript_bundle(vl_version=version))
+    return Markup(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=figures.vega_lite_version()))
 
 
 def _replace(path: Path, content: bytes) -> Path:

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Self
 
 import torch
 from jaxtyping import Float
@@ -43,30 +42,30 @@ class Moments:
     target_square: float
     rows: int
 
-    @classmethod
-    def of(cls, features: Features, outputs: int) -> Self:
+    @staticmethod
+    def of(features: Features, outputs: int) -> "Moments":
         """Moments of `features`, read once in blocks. Cost: n d (d + 2 C) multiply-adds; memory d^2 + d C.
 
         Raises:
             ValueError: whatever `Features` refuses, and targets that do not fit `outputs`.
         """
-        total: Self | None = None
+        total: Moments | None = None
         for phi, y in features.blocks():
             targets = target_matrix(features.name, y, outputs, phi)
             cross = torch.cat([phi.T @ targets, targets.sum(0, keepdim=True)]).double()
-            part = cls(bordered_gram(phi), cross, float(targets.double().square().sum()), len(phi))
+            part = Moments(bordered_gram(phi), cross, float(targets.double().square().sum()), len(phi))
             total = part if total is None else total + part
         assert total is not None  # Features refuses an empty stream
         return total
 
-    def __add__(self, other: Self) -> Self:
+    def __add__(self, other: "Moments") -> "Moments":
         if self.cross.shape != other.cross.shape:
             raise complaint(
                 f"moments of shape {tuple(self.cross.shape)} and {tuple(other.cross.shape)}",
                 "equal widths and outputs",
                 "Take all moments with the same backbone and number of outputs.",
             )
-        return type(self)(
+        return Moments(
             self.gram + other.gram,
             self.cross + other.cross,
             self.target_square + other.target_square,
