@@ -100,6 +100,13 @@ def _entry(rng, task, new, old, before, forecast, kept, drift_points) -> dict[st
     }
 
 
-@pytest.fixture
-def record() -> dict[str, Any]:
+@pytest.fixture(scope="session")
+def run_record() -> dict[str, Any]:
+    """Shared, not to be changed."""
     return make_record()
+
+
+@pytest.fixture
+def record(run_record) -> dict[str, Any]:
+    """A copy that a test may change."""
+    return deepcopy(run_record)

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from forgetcast.checks import complaint, require_integer, require_number
-from forgetcast.forecast.closed_form import closed_path
+from forgetcast.forecast.closed_form import closed_path, read
 from forgetcast.forecast.modes import Certificate, Modes, Order, VulnerableRank, certificate, mode_table
 from forgetcast.forecast.modes import vulnerable_rank as vulnerable_rank_of
 from forgetcast.forecast.penalty import QuadraticPenalty
@@ -298,7 +298,7 @@ def weight_path(new: Features, head: LinearHead, training: Training, penalty: Qu
     if isinstance(training, Ridge | GradientFlow) or (
         isinstance(training, GradientDescent) and training.loss == "squared"
     ):
-        path = closed_path(training, new, weight, penalty)
+        path = closed_path(training, read(new, weight), weight, penalty)
         form = "dual" if not path.new_spectrum.complete else "primal"
         final = float(getattr(training, training.dial))
         return WeightPath(path.changes, final, lambda: path.new_spectrum, form)
@@ -327,7 +327,7 @@ def _read_old(old: Features, head: LinearHead, change: Change) -> tuple[Tensor, 
     total: Tensor | None = None
     for phi, y in old.blocks():
         check_width(old.name, phi, head)
-        moved, now = apply_head(both, phi).split(head.outputs, 1)  # one product of twice the width is faster
+        moved, now = torch.split(apply_head(both, phi), head.outputs, 1)  # one product of twice the width is faster
         drift.append(moved)
         before.append(now)
         if y is not None:

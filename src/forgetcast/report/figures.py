@@ -272,7 +272,7 @@ def _rank_titles(record: Record) -> alt.TitleParams:
     lines = {
         entry["task"]: (
             f"Task {entry['task']}: vulnerable rank {rank['sample_modes']}",
-            f"{_percent(rank['energy'])} % of the energy, modes in order of {rank['order']}",
+            f"{_percent(rank['energy'])} % of the energy, {rank['order']} order",
         )
         for entry in record["tasks"]
         for rank in [entry["vulnerable_rank"]]

@@ -7,9 +7,9 @@ async function draw(figure) {
   const signal = columns > 1 ? "childWidth" : "width";
   const { view } = await vegaEmbed(chart, { ...spec, columns }, { renderer: "svg", actions: false });
   const margin = chart.querySelector("svg").clientWidth - columns * view.signal(signal);
-  const fit = () => view.signal(signal, Math.max(140, (chart.clientWidth - margin) / columns)).runAsync();
+  const fit = () => view.signal(signal, Math.max(140, (chart.clientWidth - margin) / columns)).resize().runAsync();
   const follows = (spec.params ?? []).some((param) => param.name === "task");
-  const show = (task) => follows && view.signal("task", task).runAsync();
+  const show = (task) => follows && view.signal("task", task).resize().runAsync();
   await fit();
   return { fit, show };
 }

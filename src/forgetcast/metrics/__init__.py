@@ -1,0 +1,1 @@
+"""Pure functions of the accuracy matrix. Every number carries its definition's name."""
