@@ -1,6 +1,6 @@
 r"""The spectral regulariser of a linear head: hold the old outputs still along their vulnerable modes, and only there.
 
-    L = L_new + sum_tau (mu / k) sum_{j<=k} ( u_j^T [f_tau(W) - f_tau^ref] )^2                 (arXiv 2606.18024, Eq. of the probe)
+    L = L_new + sum_tau (mu / k) sum_{j<=k} ( u_j^T [f_tau(W) - f_tau^ref] )^2          (arXiv 2606.18024)
 
 In Kronecker form one sample mode counts for all C outputs, `k = C k_G`, and for a linear head
 

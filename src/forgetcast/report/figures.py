@@ -95,7 +95,8 @@ def modes(record: Record) -> alt.ConcatChart:
     ranks: Rows = [{"task": entry["task"], **entry["vulnerable_rank"]} for entry in record["tasks"]]
     longest = max(len(entry["modes"]["eigenvalue"]) for entry in record["tasks"])
     scale = alt.Scale(type="log" if longest > 100 else "linear", domainMin=1, nice=False)
-    x = alt.X("mode:Q", title="mode", scale=scale, axis=alt.Axis(format="d", tickMinStep=1, grid=False))
+    axis = alt.Axis(format="~g", grid=False)
+    x = alt.X("mode:Q", title="mode", scale=scale, axis=axis)
     tooltip = [
         alt.Tooltip("mode:Q"),
         alt.Tooltip("eigenvalue:Q", format=".4g"),
@@ -103,7 +104,7 @@ def modes(record: Record) -> alt.ConcatChart:
         alt.Tooltip("cumulative:Q", title="energy up to here", format=".2%"),
     ]
     spectrum = _of_one_task(listed).encode(x=x, tooltip=tooltip)
-    rank = _of_one_task(ranks).encode(x=alt.X("sample_modes:Q", scale=scale))
+    rank = _of_one_task(ranks).encode(x=alt.X("sample_modes:Q", title="mode", scale=scale, axis=axis))
     mark = rank.mark_rule(color=FORECAST, strokeWidth=1.5, strokeDash=[5, 4])
 
     positive = spectrum.transform_fold(["eigenvalue", "energy"], as_=["quantity", "size"])
