@@ -68,9 +68,9 @@ class Trajectory:
     @cached_property
     def mean_squared_drift(self) -> Float[Tensor, " t"]:
         """`tr(Delta W^T S_old Delta W) / n_old` at each value, from the old second moments. Cost: 2 rows^2 C each."""
-        gram, rows = self._forecast.old_gram, len(self._forecast.drift)
-        energies = [float((change * (gram @ change)).sum()) / rows for change in self.changes]
-        return torch.tensor(energies, dtype=torch.float64)
+        wide = torch.cat(self.changes, 1)  # (rows, t C): one product for all
+        energies = (wide * (self._forecast.old_gram @ wide)).sum(0)
+        return energies.view(len(self), -1).sum(1).cpu() / len(self._forecast.drift)
 
     @cached_property
     def accuracy(self) -> Float[Tensor, " t"]:
@@ -197,9 +197,9 @@ class LinearForecast(Forecast):
         for block, _ in self._old.blocks():
             for phi in torch.split(block, 1024):  # what is multiplied next stays in the cache
                 part = slice(row, row + len(phi))
-                drift = mix.to(phi) @ apply_head(basis, phi).view(len(phi), -1, outputs)
-                logits = drift.add_(self.logits_before[part, None])
-                hits += (logits.argmax(2) == labels[part, None]).sum(0)
+                moved = apply_head(basis, phi).view(len(phi), -1, outputs).transpose(0, 1).flatten(1)  # (q, n C)
+                logits = torch.addmm(self.logits_before[part].reshape(1, -1), mix.to(phi), moved)
+                hits += (logits.view(-1, len(phi), outputs).argmax(2) == labels[part]).sum(1)
                 row += len(phi)
         return hits.double().cpu() / row
 
@@ -210,11 +210,14 @@ def common_basis(changes: Sequence[Change], tolerance: float) -> tuple[Float[Ten
     The basis comes as one wide head (rows, q C), so that one product serves all. Cost: t^2 rows C.
     """
     rows, outputs = changes[0].shape
-    stacked = torch.stack(list(changes)).flatten(1)
-    left, singular, right_vectors = torch.linalg.svd(stacked, full_matrices=False)
+    orthogonal, triangle = torch.linalg.qr(
+        torch.stack(list(changes)).flatten(1).T
+    )  # an SVD of the small factor is fast
+    left, singular, right_vectors = torch.linalg.svd(triangle.T, full_matrices=False)
     kept = max(int((singular > tolerance * singular[0]).sum()), 1)
+    basis = orthogonal @ right_vectors[:kept].T  # (rows C, q)
     mix = left[:, :kept] * singular[:kept]
-    return right_vectors[:kept].view(kept, rows, outputs).transpose(0, 1).reshape(rows, -1), mix
+    return basis.view(rows, outputs, kept).transpose(1, 2).reshape(rows, -1), mix
 
 
 def forecast_linear(

@@ -13,6 +13,17 @@ from torch import Tensor
 
 from forgetcast.checks import complaint, require_finite
 
+COLUMNS = {
+    "accuracy": "share of old samples whose label has the largest logit, over all outputs of the head",
+    "accuracy_error": "forecast accuracy minus measured accuracy",
+    "cosine": "cosine of forecast and measured drift of the old logits, each taken as one vector",
+    "one_minus_cosine": "1 - cosine, computed without cancellation",
+    "relative_error": "||forecast drift - measured drift||_F / ||measured drift||_F",
+    "rank_correlation": "Spearman correlation over old classes of the forecast and the measured accuracy drop",
+    "vulnerable_rank": "fewest modes of the old Gram, in the order named, that carry the named share of the drift's "
+    "energy ||u_j^T drift||^2; times the number of outputs it bounds the modes of the tangent kernel",
+}
+
 
 @dataclass(frozen=True)
 class Cost:

@@ -1,0 +1,1 @@
+"""Training for real: what forecasts are measured against."""

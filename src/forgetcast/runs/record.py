@@ -1,0 +1,69 @@
+"""The record of a run: everything that is needed to say what its numbers are, in one JSON file."""
+
+import hashlib
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from forgetcast.checks import complaint
+
+SCHEMA = "forgetcast.record/1"
+
+
+def provenance() -> dict[str, Any]:
+    """Schema, time and versions: what every record starts with."""
+    packages = ("forgetcast", "torch", "numpy", "scipy", "scikit-learn")
+    versions = {name: version(name) for name in packages} | {"python": platform.python_version()}
+    return {"schema": SCHEMA, "created": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions}
+
+
+def weights_hash(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a state dict: names, types, shapes and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(-1).numpy().tobytes())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def write_record(record: Mapping[str, Any], folder: Path) -> Path:
+    """Write `record.json` into `folder`; the file appears whole or not at all.
+
+    Raises:
+        ValueError: a NaN or infinity in the record, which JSON cannot hold.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "record.json"
+    text = json.dumps(record, indent=1, allow_nan=False)
+    with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".part", delete=False, encoding="utf-8") as part:
+        part.write(text)
+    os.replace(part.name, path)  # noqa: PTH105
+    return path
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Read the record of a run.
+
+    Raises:
+        ValueError: no record there, a damaged one, or one of another schema.
+    """
+    path = folder / "record.json" if folder.is_dir() else folder
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise complaint(
+            f"cannot read the record {path} ({error})", "a folder with a record.json", "Run `forgetcast demo` first."
+        ) from error
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        given = record.get("schema") if isinstance(record, dict) else type(record).__name__
+        raise complaint(f"{path} has schema {given!r}", repr(SCHEMA), "Write it again with this version.")
+    return record
