@@ -22,12 +22,15 @@ def main() -> None:
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of class order and split.")
 def demo(data: Path | None, output: Path, increment: int, seed: int) -> None:
     """Forecast, train and verify on real data: digits, or the arrays of a file."""
+    import torch
     from rich.console import Console
 
     from forgetcast.demo import run_demo
     from forgetcast.streams.sources import digits, npz
 
-    console = Console(highlight=False)
+    # The demo's matrices are small: a second thread brings little, and on a busy machine waiting for it costs much.
+    torch.set_num_threads(1)
+    console = Console(highlight=False, soft_wrap=True)
     try:
         source = digits() if data is None else npz(data)
         page = run_demo(source, output, increment=increment, seed=seed, console=console)

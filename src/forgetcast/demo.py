@@ -34,8 +34,8 @@ FEATURES = 256
 MODES_SHOWN = 40
 POINTS_SHOWN = 800
 MODES_HELD = 24
-TRAINING = GradientDescent(learning_rate=0.02, steps=150, momentum=0.9, loss="cross_entropy")
-HOLD = 1e-3
+TRAINING = GradientDescent(learning_rate=0.005, steps=100, momentum=0.9, loss="cross_entropy")
+HOLD = 3e-4
 
 
 @dataclass(frozen=True, eq=False)

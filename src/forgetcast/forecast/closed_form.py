@@ -20,7 +20,7 @@ from forgetcast.forecast.training import ClosedForm, GradientDescent, GradientFl
 from forgetcast.tangent.features import Features, target_matrix
 from forgetcast.tangent.linear_head import apply_head, with_bias
 from forgetcast.tangent.moments import bordered_gram, gram
-from forgetcast.tangent.spectrum import Spectrum, product_type, spectrum_of_gram, spectrum_of_rows
+from forgetcast.tangent.spectrum import Spectrum, spectrum_of_gram, spectrum_of_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,8 +51,9 @@ def read(new: Features, weight: Float[Tensor, "rows C"]) -> Reading:
     dual = new.rows is not None and new.rows < len(weight)
     total: Tensor | None = None
     slope = torch.zeros_like(weight)
-    rows = 0
+    rows, kind = 0, torch.float32
     for phi, y in new.blocks():
+        kind = phi.dtype
         residual = apply_head(weight, phi) - target_matrix(new.name, y, outputs, phi)
         slope = slope.to(phi.device)
         slope[: phi.shape[1]] += phi.T @ residual
@@ -65,8 +66,8 @@ def read(new: Features, weight: Float[Tensor, "rows C"]) -> Reading:
     if total is None:
         moments = spectrum_of_rows(with_bias(new.gather()[0], len(weight)))
     else:
-        moments = spectrum_of_gram(total, product_type(new))
-    return Reading(moments, slope, rows, product_type(new))
+        moments = spectrum_of_gram(total, kind)
+    return Reading(moments, slope, rows, kind)
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,7 +21,7 @@ from forgetcast.forecast.training import GradientDescent, GradientFlow, Ridge, T
 from forgetcast.tangent.features import Features, check_targets
 from forgetcast.tangent.linear_head import LinearHead, apply_head, check_width, with_bias
 from forgetcast.tangent.moments import bordered_gram, gram, streamed_gram
-from forgetcast.tangent.spectrum import Overlap, Spectrum, overlap, product_type, spectrum_of, spectrum_of_gram
+from forgetcast.tangent.spectrum import Overlap, Spectrum, overlap, spectrum_of, spectrum_of_gram
 
 Change = Float[Tensor, "rows C"]
 
@@ -108,7 +108,7 @@ class LinearForecast(Forecast):
         """Spectrum of the old second moments, from the samples where they are fewer than the features."""
         if self._old.rows is not None and self._old.rows < len(self.change):
             return spectrum_of(self._old, len(self.change))
-        return spectrum_of_gram(self.old_gram, product_type(self._old))
+        return spectrum_of_gram(self.old_gram, self.drift.dtype)
 
     @cached_property
     def new_spectrum(self) -> Spectrum:
@@ -167,9 +167,12 @@ class LinearForecast(Forecast):
         for value in values:
             if dial == "steps":
                 require_integer("steps", value)
-                if isinstance(self.settings["training"]["learning_rate"], list | tuple) and value > self._path.final:
+                scheduled = not isinstance(self.settings["training"]["learning_rate"], float | int)
+                if value > self._path.final and (scheduled or self.settings["training"].get("order") is not None):
                     raise complaint(
-                        f"got steps={value}", f"at most {self._path.final:g}", "The schedule ends there: extend it."
+                        f"got steps={value}",
+                        f"at most {self._path.final:g}",
+                        f"The {'schedule' if scheduled else 'order'} ends there: extend it.",
                     )
             else:
                 require_number(dial, value)

@@ -70,11 +70,8 @@ def batches(training: Minibatch, rows: int) -> Iterator[Int[Tensor, " b"]]:
             yield batch
         return
     sampler = RandomSampler(range(rows), generator=torch.Generator().manual_seed(training.seed))
-    left = training.steps
-    while left > 0:
-        epoch = torch.split(torch.tensor(list(sampler)), training.batch_size)[:left]
-        yield from epoch
-        left -= len(epoch)
+    while True:  # as long as asked: a trajectory may go past training.steps
+        yield from torch.split(torch.tensor(list(sampler)), training.batch_size)
 
 
 def loss_error(

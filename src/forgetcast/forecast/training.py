@@ -89,7 +89,9 @@ class GradientDescent:
         """
         spread = 1 + 2 * self.momentum if self.nesterov else 1.0
         limit = 2 * (1 + self.momentum) / spread / largest if largest > 0 else float("inf")
-        rate = self.learning_rate if isinstance(self.learning_rate, float | int) else max(self.learning_rate)
+        rate = (
+            self.learning_rate if isinstance(self.learning_rate, float | int) else max(self.learning_rate, default=0.0)
+        )
         if rate > limit * (1 + 1e-12):
             raise complaint(
                 f"got learning_rate={rate:g} where the steepest direction of the loss has curvature {largest:g}",

@@ -96,47 +96,61 @@ def render_page(record: Mapping[str, Any]) -> str:
     )
     environment.globals["number"] = number
     environment.filters["points"] = FORMATS["points"]
+    protected = {**record, **record["protected"]} if "protected" in record else None
     return environment.get_template("report.html.j2").render(
         record=record,
         record_json=script_json(record),
         summary=summarise(record),
-        overall=[
-            Figure(
-                "by-task",
-                script_json(figures.themed(figures.accuracy_by_task(record))),
-                "Pale bar: before training the task. Solid bar: measured after it. Orange tick: forecast. The pale "
-                "part left uncovered was forgotten; a tick at the end of the solid bar is a correct forecast.",
-            ),
-            Figure(
-                "matrix",
-                script_json(figures.themed(figures.accuracy_matrix(record))),
-                "Read down a column to see one task being forgotten. The diagonal is each task just after it was "
-                "learned.",
-            ),
-        ],
-        of_task=[
-            Figure(
-                "by-class",
-                script_json(figures.themed(figures.accuracy_by_class(record))),
-                "Bars and ticks as above, one row for each old class, the largest forecast drop first. Hover over a "
-                "row for its numbers.",
-            ),
-            Figure(
-                "drift",
-                script_json(figures.themed(figures.drift(record))),
-                "One dot for each old sample and output. On the dashed line the forecast is exact.",
-            ),
-            Figure(
-                "modes",
-                script_json(figures.themed(figures.modes(record))),
-                "Left: how strong each mode of the old features is (eigenvalue) and how much of the forecast change "
-                "falls on it (energy). Right: the energy gathered up to each mode; the dashed orange line marks the "
-                "vulnerable rank, where it reaches the dotted threshold.",
-            ),
-        ],
+        overall=stream_figures(record),
+        of_task=task_figures(record),
+        protected=protected,
+        protected_summary=protected and summarise(protected),
+        protected_overall=protected and stream_figures(protected, "protected-"),
+        protected_of_task=protected and task_figures(protected, "protected-"),
         settings=[line for name in _SETTINGS for line in flatten(name, record[name])],
         javascript=_javascript(),
     )
+
+
+def stream_figures(record: Mapping[str, Any], prefix: str = "") -> list[Figure]:
+    """The figures of a whole stream; `prefix` keeps the identifiers of several streams in one page apart."""
+    return [
+        Figure(
+            f"{prefix}by-task",
+            script_json(figures.themed(figures.accuracy_by_task(record))),
+            "Pale bar: before training the task. Solid bar: measured after it. Orange tick: forecast. The pale "
+            "part left uncovered was forgotten; a tick at the end of the solid bar is a correct forecast.",
+        ),
+        Figure(
+            f"{prefix}matrix",
+            script_json(figures.themed(figures.accuracy_matrix(record))),
+            "Read down a column to see one task being forgotten. The diagonal is each task just after it was learned.",
+        ),
+    ]
+
+
+def task_figures(record: Mapping[str, Any], prefix: str = "") -> list[Figure]:
+    """The figures of the task that is picked."""
+    return [
+        Figure(
+            f"{prefix}by-class",
+            script_json(figures.themed(figures.accuracy_by_class(record))),
+            "Bars and ticks as above, one row for each old class, the largest forecast drop first. Hover over a "
+            "row for its numbers.",
+        ),
+        Figure(
+            f"{prefix}drift",
+            script_json(figures.themed(figures.drift(record))),
+            "One dot for each old sample and output. On the dashed line the forecast is exact.",
+        ),
+        Figure(
+            f"{prefix}modes",
+            script_json(figures.themed(figures.modes(record))),
+            "Left: how strong each mode of the old features is (eigenvalue) and how much of the forecast change "
+            "falls on it (energy). Right: the energy gathered up to each mode; the dashed orange line marks the "
+            "vulnerable rank, where it reaches the dotted threshold.",
+        ),
+    ]
 
 
 def check_record(record: Mapping[str, Any]) -> None:

@@ -110,7 +110,7 @@ class Features:
                     "Give the function that makes the generator (not its result), a DataLoader or an array.",
                 )
             self._spent.append(True)
-        rows, varies = 0, False
+        rows, varies, labelled = 0, False, False
         first: Tensor | None = None
         for pair in self.phi() if isinstance(self.phi, Callable) else self.phi:  # type: ignore[arg-type]
             phi, y = self._pair(pair)
@@ -122,6 +122,14 @@ class Features:
                     f"width {len(first)} throughout",
                     "Use one backbone and one layer for all features.",
                 )
+            if rows > 0 and (y is not None) != labelled:
+                raise complaint(
+                    f"{self.name}: a block with{'out' if y is None else ''} targets after blocks "
+                    f"with{'' if y is None else 'out'}",
+                    "targets in all blocks or in none",
+                    "Yield (features, None) throughout where targets are not known.",
+                )
+            labelled = y is not None
             varies = varies or _varies(phi, first)
             rows += len(phi)
             yield _computable(phi), y
@@ -187,7 +195,10 @@ def _tensor(array: Any) -> Tensor:
         return array.detach()
     with warnings.catch_warnings():  # torch warns of read-only memory maps; nothing here writes into features
         warnings.filterwarnings("ignore", message="The given NumPy array is not writ")
-        return torch.from_numpy(np.asarray(array))
+        values = np.asarray(array)
+        if any(stride < 0 for stride in values.strides):  # a reversed view, which torch cannot hold
+            values = values.copy()
+        return torch.from_numpy(values)
 
 
 def _computable(phi: Tensor) -> Tensor:
