@@ -20,7 +20,7 @@ from forgetcast.tangent.moments import gram
 
 N_OLD, N_NEW, WIDTH, OUTPUTS = 50_000, 20_000, 768, 100
 STEPS = [1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100, 150, 200, 300, 400, 500, 700, 850, 1000]
-TRAINING = fc.GradientDescent(learning_rate=30.0, steps=1000)
+TRAINING = fc.GradientDescent(learning_rate=20.0, steps=1000)
 
 
 def task(rows: int, low: int, high: int, seed: int) -> tuple[Tensor, Tensor]:

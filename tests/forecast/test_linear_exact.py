@@ -4,11 +4,11 @@ import itertools
 
 import pytest
 import torch
-from builders import features, head, labels, measured_drift, relative_error, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import forgetcast as fc
+from builders import features, head, labels, measured_drift, relative_error, train
 
 TRAININGS = {
     "descent": {},

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from builders import features, head, labels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import forgetcast as fc
+from builders import features, head, labels
 from forgetcast.forecast.modes import mode_table, vulnerable_rank
 from forgetcast.tangent.linear_head import with_bias
 from forgetcast.tangent.spectrum import spectrum_of_gram

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from builders import features, head, labels
 
 import forgetcast as fc
+from builders import features, head, labels
 
 
 @pytest.mark.parametrize("bias", [True, False])

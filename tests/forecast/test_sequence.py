@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from builders import features, head, labels, relative_error, train
 
 import forgetcast as fc
+from builders import features, head, labels, relative_error, train
 from forgetcast.metrics.matrix import all_metrics
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from builders import features, head, labels, relative_error, train
 from sklearn.datasets import load_digits
 
 import forgetcast as fc
+from builders import features, head, labels, relative_error, train
 
 
 def setting(rows=60, width=12, outputs=4):

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from builders import features, head, labels, relative_error
 from torch import Tensor
 
 import forgetcast as fc
+from builders import features, head, labels, relative_error
 
 OUTPUTS = 3
 
@@ -22,7 +22,9 @@ def kernel(left: Tensor, right: Tensor, bias: bool) -> Tensor:
     return torch.kron(left @ right.T + bias, torch.eye(OUTPUTS).double())
 
 
-SHAPES = pytest.mark.parametrize(("rows", "width", "bias"), [(20, 6, True), (20, 6, False), (5, 9, True), (5, 9, False)])
+SHAPES = pytest.mark.parametrize(
+    ("rows", "width", "bias"), [(20, 6, True), (20, 6, False), (5, 9, True), (5, 9, False)]
+)
 
 
 @SHAPES

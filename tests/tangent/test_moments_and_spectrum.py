@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from builders import features, labels
 from scipy.linalg import subspace_angles
 
 import forgetcast as fc
+from builders import features, labels
 from forgetcast.tangent.linear_head import with_bias
 from forgetcast.tangent.moments import bordered_gram, gram, streamed_gram
 from forgetcast.tangent.spectrum import overlap, spectrum_of, spectrum_of_gram, spectrum_of_rows

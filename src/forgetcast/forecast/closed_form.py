@@ -18,7 +18,7 @@ from torch import Tensor
 from forgetcast.forecast.penalty import QuadraticPenalty
 from forgetcast.forecast.training import ClosedForm, GradientDescent, GradientFlow, data_curvature
 from forgetcast.tangent.features import Features, target_matrix
-from forgetcast.tangent.linear_head import apply_head, with_bias
+from forgetcast.tangent.linear_head import LinearHead, apply_head, check_width, with_bias
 from forgetcast.tangent.moments import bordered_gram, gram
 from forgetcast.tangent.spectrum import Spectrum, spectrum_of_gram, spectrum_of_rows
 
@@ -45,14 +45,19 @@ class Reading:
         return replace(self, slope=self.slope + vectors @ (self.moments.values[:, None] * (vectors.T @ step)))
 
 
-def read(new: Features, weight: Float[Tensor, "rows C"]) -> Reading:
-    """One pass over the new features. Dual (n x n) where there are fewer samples than features."""
+def read(new: Features, weight: Float[Tensor, "rows C"], head: LinearHead | None = None) -> Reading:
+    """One pass over the new features, whose width is checked against `head` if given.
+
+    Dual (n x n) where there are fewer samples than features.
+    """
     outputs = weight.shape[1]
     dual = new.rows is not None and new.rows < len(weight)
     total: Tensor | None = None
     slope = torch.zeros_like(weight)
     rows, kind = 0, torch.float32
     for phi, y in new.blocks():
+        if head is not None:
+            check_width(new.name, phi, head)
         kind = phi.dtype
         residual = apply_head(weight, phi) - target_matrix(new.name, y, outputs, phi)
         slope = slope.to(phi.device)

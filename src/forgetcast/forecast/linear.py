@@ -304,7 +304,7 @@ def weight_path(new: Features, head: LinearHead, training: Training, penalty: Qu
     if isinstance(training, Ridge | GradientFlow) or (
         isinstance(training, GradientDescent) and training.loss == "squared"
     ):
-        path = closed_path(training, read(new, weight), weight, penalty)
+        path = closed_path(training, read(new, weight, head), weight, penalty)
         form = "dual" if not path.new_spectrum.complete else "primal"
         final = float(getattr(training, training.dial))
         return WeightPath(path.changes, final, lambda: path.new_spectrum, form)

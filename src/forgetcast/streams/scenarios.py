@@ -4,15 +4,15 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 from sklearn.model_selection import train_test_split
 
 from forgetcast.checks import complaint, require_integer, require_number
 from forgetcast.streams.sources import Source
 
-Indices = np.ndarray[Any, np.dtype[np.int64]]
+Indices = Int[np.ndarray, " _"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,16 +1,14 @@
 """Sources of labelled samples: the digits that ship with scikit-learn, and arrays in an `.npz` file."""
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from jaxtyping import Int, Shaped
 from sklearn.datasets import load_digits
 
 from forgetcast.checks import complaint
-
-Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,9 +23,9 @@ class Source:
     """
 
     name: str
-    inputs: Array
-    labels: Array
-    test: Array | None = field(default=None)
+    inputs: Shaped[np.ndarray, "..."]
+    labels: Shaped[np.ndarray, "..."]
+    test: Int[np.ndarray, " _"] | None = None
 
     def __post_init__(self) -> None:
         if len(self.inputs) != len(self.labels) or self.labels.ndim != 1 or len(self.labels) == 0:
