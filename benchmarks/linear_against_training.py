@@ -13,7 +13,7 @@ ROWS, WIDTH, OUTPUTS, STEPS, SLICE = 4000, 512, 50, 2000, 100
 DESCENT = {"learning_rate": 10.0, "steps": STEPS}
 TRAININGS = {
     "squared loss": fc.GradientDescent(**DESCENT),
-    "cross-entropy": fc.GradientDescent(learning_rate=0.1, steps=500, loss="cross_entropy"),
+    "cross-entropy": fc.GradientDescent(learning_rate=0.1, steps=200, loss="cross_entropy"),
     "cross-entropy, AdamW in minibatches": fc.AdamW(learning_rate=1e-3, steps=STEPS, batch_size=64),
 }
 

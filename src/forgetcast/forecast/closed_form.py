@@ -174,8 +174,9 @@ def closed_path(
         rest = torch.zeros_like(slope)
     else:
         data = scale * (moments.vectors * moments.values) @ moments.vectors.T
-        hessian = spectrum_of_gram(data + penalty.hessian(), reading.product_type)
-        other = spectrum_of_gram(penalty.hessian(), torch.float64)
+        held = penalty.hessian().to(data)
+        hessian = spectrum_of_gram(data + held, reading.product_type)
+        other = spectrum_of_gram(held, torch.float64)
         rest = penalty.gradient(weight)
         slope = slope + rest
     training.check_stable(float(hessian.values[0]) + training.weight_decay + training.drift_penalty)
