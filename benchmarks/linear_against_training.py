@@ -46,7 +46,14 @@ def run() -> dict[str, Any]:
     y = torch.randint(0, OUTPUTS, (ROWS,), generator=draw)
     head = fc.LinearHead.zeros(WIDTH, OUTPUTS)
     result: dict[str, Any] = {
-        "setting": {"n": ROWS, "d": WIDTH, "C": OUTPUTS, "steps": STEPS, "interleaved_steps": SLICE},
+        "setting": {
+            "n": ROWS,
+            "d": WIDTH,
+            "C": OUTPUTS,
+            "steps": STEPS,
+            "cross_entropy_steps": 200,
+            "interleaved_steps": SLICE,
+        },
         "machine": machine,
         "bar": {"squared loss": 200.0},
     }
@@ -67,6 +74,7 @@ def run() -> dict[str, Any]:
         with torch.no_grad():
             calibration = forecast().compare(modules[0](old))
         result[name] = {
+            "steps": training.steps,
             "forecast_seconds": spread(times["forecast"]),
             "training_seconds_all_steps": full,
             "ratio_interleaved": spread(ratios),

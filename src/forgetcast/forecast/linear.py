@@ -194,7 +194,7 @@ class LinearForecast(Forecast):
         Neighbouring points of a trajectory span few directions q: products with n_old rows q C instead of one each.
         """
         labels, outputs = self.labels, self.head.outputs
-        basis, mix = common_basis(changes, 1e-8 if self.drift.dtype == torch.float32 else 1e-15)
+        basis, mix = common_basis(changes, torch.finfo(self.drift.dtype).eps)
         hits = torch.zeros(len(changes), dtype=torch.int64, device=labels.device)
         row = 0
         for block, _ in self._old.blocks():
@@ -304,7 +304,7 @@ def weight_path(new: Features, head: LinearHead, training: Training, penalty: Qu
     if isinstance(training, Ridge | GradientFlow) or (
         isinstance(training, GradientDescent) and training.loss == "squared"
     ):
-        path = closed_path(training, read(new, weight, head), weight, penalty)
+        path = closed_path(training, read(new, head), weight, penalty)
         form = "dual" if not path.new_spectrum.complete else "primal"
         final = float(getattr(training, training.dial))
         return WeightPath(path.changes, final, lambda: path.new_spectrum, form)

@@ -133,7 +133,7 @@ def task_advance(task: Features, head: LinearHead, training: Training) -> Advanc
     if isinstance(training, GradientFlow | Ridge) or (
         isinstance(training, GradientDescent) and training.loss == "squared"
     ):
-        reading = read(task, reference)
+        reading = read(task, head)
         reference = reference.to(reading.slope.device)
 
         def advance(weight: Weight, step: Training) -> Weight:

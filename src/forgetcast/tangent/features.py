@@ -45,7 +45,7 @@ class Features:
 
     phi: Any
     y: Any = None
-    block_rows: int = 8192
+    block_rows: int = 16384
     name: str = "features"
     _spent: list[bool] = field(default_factory=list, repr=False)
 
