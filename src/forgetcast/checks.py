@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 from math import isfinite
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ def require_number(
     name: str, value: Any, *, least: float = 0.0, most: float = float("inf"), strict: bool = False
 ) -> None:
     """Raise unless `value` is a finite number in `[least, most]` (in `(least, most]` if `strict`)."""
-    number = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+    number = isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)
     if not number or value < least or value > most or (strict and value == least):
         interval = f"a finite number {'above' if strict else 'of at least'} {least:g}"
         if most != float("inf"):
@@ -28,7 +29,7 @@ def require_number(
 
 def require_integer(name: str, value: Any, *, least: int = 0) -> None:
     """Raise unless `value` is an integer of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
         raise complaint(f"got {name}={value!r}", f"an integer of at least {least}", f"Correct {name}.")
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from forgetcast.forecast.penalty import QuadraticPenalty
-from forgetcast.forecast.training import ClosedForm, GradientDescent, GradientFlow, data_curvature
+from forgetcast.forecast.training import ClosedForm, GradientFlow, Ridge, data_curvature
 from forgetcast.tangent.features import Features, target_matrix
 from forgetcast.tangent.linear_head import LinearHead, apply_head, check_width, with_bias
 from forgetcast.tangent.moments import bordered_gram, gram
@@ -31,13 +31,11 @@ class Reading:
         moments: spectrum of S.
         slope: (rows, C) `phi^T (phi W - Y)` at the weights it was read with, float64.
         rows: number of samples.
-        product_type: the type the products were taken in.
     """
 
     moments: Spectrum
     slope: Float[Tensor, "rows C"]
     rows: int
-    product_type: torch.dtype
 
     def moved(self, step: Float[Tensor, "rows C"]) -> "Reading":
         """The reading at weights moved by `step`: `slope + S step`, without another pass. Cost: 4 rows^2 C."""
@@ -68,7 +66,7 @@ def read(new: Features, head: LinearHead) -> Reading:
         moments = spectrum_of_rows(with_bias(new.gather()[0], len(weight)))
     else:
         moments = spectrum_of_gram(total, kind)
-    return Reading(moments, slope, rows, kind)
+    return Reading(moments, slope, rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +133,7 @@ class ClosedPath:
 
     def changes(self, dials: list[float]) -> list[Float[Tensor, "rows C"]]:
         """Delta W for each value of the dial. Cost: 2 rows^2 C each."""
+        _warn_of_noise(self.training, self.parts[0].spectrum, dials)
         rows = len(self.new_spectrum.vectors)
         wholes = [self.new_spectrum.vectors.new_zeros(rows, self.outputs) for _ in dials]
         for part in self.parts:
@@ -169,12 +168,12 @@ def closed_path(
     else:
         data = scale * (moments.vectors * moments.values) @ moments.vectors.T
         held = penalty.hessian().to(data)
-        hessian = spectrum_of_gram(data + held, reading.product_type)
+        hessian = spectrum_of_gram(data + held, torch.float64)
+        hessian = replace(hessian, floor=max(hessian.floor, scale * moments.floor))  # the penalty adds no noise
         other = spectrum_of_gram(held, torch.float64)
         rest = penalty.gradient(weight)
         slope = slope + rest
     training.check_stable(float(hessian.values[0]) + training.weight_decay + training.drift_penalty)
-    _warn_of_noise(training, hessian, reading.product_type)
     parts = [Directions.of(seen, hessian, slope[:, seen], weight[:, seen])]
     unseen = [column for column in range(outputs) if column not in set(seen)]
     if unseen:
@@ -182,20 +181,28 @@ def closed_path(
     return ClosedPath(training, tuple(parts), moments, outputs)
 
 
-def _warn_of_noise(training: ClosedForm, hessian: Spectrum, kind: torch.dtype) -> None:
-    """Warn where a long single-precision training would resolve eigenvalues that are rounding noise."""
-    if kind == torch.float64:
+def _warn_of_noise(training: ClosedForm, hessian: Spectrum, dials: list[float]) -> None:
+    """Warn where a training resolves curvatures that are rounding noise of single-precision products.
+
+    Noise lies in every direction; what is small beside `1 / reach` (the curvature at which the filter saturates) is
+    harmless, and so is a spectrum that ends well above the noise.
+    """
+    values = hessian.values
+    single = len(values) > 0 and hessian.floor > 1e-12 * float(values[0])
+    if not single or not dials or float(values[-1]) > 10 * hessian.floor:
         return
-    if isinstance(training, GradientDescent):
-        rate = training.learning_rate
-        reach = rate * training.steps if isinstance(rate, float | int) else float(sum(rate))
-        reach /= 1 - training.momentum
+    if isinstance(training, Ridge):
+        reach = 1 / min(dials) if min(dials) > 0 else float("inf")
+    elif isinstance(training, GradientFlow):
+        reach = max(dials)
     else:
-        reach = training.time if isinstance(training, GradientFlow) else 0.0
-    if reach * hessian.floor > 0.1:
+        rate = training.learning_rate
+        total = rate * max(dials) if isinstance(rate, float | int) else sum(rate[: int(max(dials))])
+        reach = total / (1 - training.momentum)
+    if reach * hessian.floor > 0.01:
         warnings.warn(
             f"this training resolves curvatures down to {1 / reach:.2g}, but those below {hessian.floor:.2g} are "
-            "rounding noise of the float32 products and count as zero; give the features in float64 for an exact "
-            "forecast of so long a run",
-            stacklevel=4,
+            "rounding noise of products in float32 and count as zero; give the features in float64 for an exact "
+            "forecast, or train less far (fewer steps, a larger penalty)",
+            stacklevel=6,
         )

@@ -17,7 +17,7 @@ from forgetcast.forecast.modes import vulnerable_rank as vulnerable_rank_of
 from forgetcast.forecast.penalty import QuadraticPenalty
 from forgetcast.forecast.result import Cost, Forecast
 from forgetcast.forecast.simulate import simulate_full_batch, simulate_minibatch
-from forgetcast.forecast.training import GradientDescent, GradientFlow, Ridge, Training
+from forgetcast.forecast.training import SGD, AdamW, GradientDescent, Ridge, Training, is_closed_form
 from forgetcast.tangent.features import Features, check_targets
 from forgetcast.tangent.linear_head import LinearHead, apply_head, check_width, with_bias
 from forgetcast.tangent.moments import bordered_gram, gram, streamed_gram
@@ -35,12 +35,14 @@ class WeightPath:
         final: the value of the dial at the end of the training.
         new_spectrum: makes the spectrum of the new features.
         form: how it is computed.
+        within_new: whether every change lies in the span of the new features (no decay, penalty or Adam).
     """
 
     changes: Callable[[list[float]], list[Change]]
     final: float
     new_spectrum: Callable[[], Spectrum]
     form: str
+    within_new: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,12 +98,14 @@ class LinearForecast(Forecast):
     @property
     def head_after(self) -> LinearHead:
         """The head that the training is predicted to end with."""
-        return self.head.replaced(self.head.stacked() + self.change.cpu())
+        start = self.head.stacked()
+        return self.head.replaced(start + self.change.to(start.device))
 
     @cached_property
     def old_gram(self) -> Float[Tensor, "rows rows"]:
         """Second moments of the old features (bias counted as a constant feature). Cost: one pass, n_old rows^2."""
-        return streamed_gram(self._old, len(self.change)) if self._old_gram is None else self._old_gram
+        total = streamed_gram(self._old, len(self.change)) if self._old_gram is None else self._old_gram
+        return total.to(self.change.device)
 
     @cached_property
     def old_spectrum(self) -> Spectrum:
@@ -124,6 +128,7 @@ class LinearForecast(Forecast):
 
         Modes whose eigenvalue is rounding noise are zero columns. Cost: one pass, 2 n_old rows k.
         """
+        require_integer("k", k, least=1)
         old = self.old_spectrum
         count = min(k, len(old.values))
         kept = old.values[:count] > old.floor
@@ -137,7 +142,8 @@ class LinearForecast(Forecast):
 
     def certificate(self, k: int) -> Certificate:
         """Bounds on the drift outside the first `k` old modes."""
-        return certificate(self.old_spectrum, self.change, k, self.new_spectrum.rank)
+        rank = self.new_spectrum.rank if self._path.within_new else len(self.change)
+        return certificate(self.old_spectrum, self.change, k, rank)
 
     def overlap(self) -> Overlap:
         """NTK overlap (principal angles) of the old and the new feature space."""
@@ -164,6 +170,8 @@ class LinearForecast(Forecast):
                 f"got {sorted(given) or 'nothing'}", f"values of {dial!r} for this training", f"Call at({dial}=[...])."
             )
         values = list(given[dial])
+        if not values:
+            raise complaint(f"got {dial}=[]", "at least one value", f"Call at({dial}=[...]).")
         for value in values:
             if dial == "steps":
                 require_integer("steps", value)
@@ -271,6 +279,12 @@ def forecast_linear(
             check_width(features.name, features.phi, head)
             if features.y is not None or features is new:
                 check_targets(features.name, features.y, head.outputs)
+    if old.shuffled:
+        raise complaint(
+            f"{old.name}: a DataLoader with shuffle=True as the old samples",
+            "the same order at every pass",
+            "Give a DataLoader with shuffle=False: the forecast's rows are in the order of the old samples.",
+        )
     check_classes(training, head.outputs)
     path = weight_path(new, head, training, penalty)
     (change,) = path.changes([path.final])
@@ -301,13 +315,20 @@ def weight_path(new: Features, head: LinearHead, training: Training, penalty: Qu
             "equal shapes",
             "Build the penalty with this head, and grow both to the same number of outputs.",
         )
-    if isinstance(training, Ridge | GradientFlow) or (
-        isinstance(training, GradientDescent) and training.loss == "squared"
-    ):
+    within_new = penalty is None and training.weight_decay == 0 and not isinstance(training, AdamW)
+    if isinstance(training, Ridge):
+        within_new = within_new and training.toward == "start"
+    if is_closed_form(training):
         path = closed_path(training, read(new, head), weight, penalty)
         form = "dual" if not path.new_spectrum.complete else "primal"
         final = float(getattr(training, training.dial))
-        return WeightPath(path.changes, final, lambda: path.new_spectrum, form)
+        return WeightPath(path.changes, final, lambda: path.new_spectrum, form, within_new)
+    if new.shuffled and isinstance(training, SGD | AdamW):
+        raise complaint(
+            f"{new.name}: a DataLoader with shuffle=True for a replay of minibatches",
+            "the samples in the order that training.seed or training.order refers to",
+            "Give a DataLoader with shuffle=False, or arrays.",
+        )
     phi, y = new.gather()
     check_width(new.name, phi, head)
     y = check_targets(new.name, y, head.outputs)
@@ -322,7 +343,7 @@ def weight_path(new: Features, head: LinearHead, training: Training, penalty: Qu
         return simulate_minibatch(training, extended, y, weight, penalty, steps)
 
     gathered = Features(phi, y, new.block_rows, new.name)
-    return WeightPath(changes, training.steps, lambda: spectrum_of(gathered, len(weight)), "simulation")
+    return WeightPath(changes, training.steps, lambda: spectrum_of(gathered, len(weight)), "simulation", within_new)
 
 
 def _read_old(old: Features, head: LinearHead, change: Change) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

@@ -79,7 +79,8 @@ class Certificate:
         tail: drift energy of the modes after the k-th.
         projected_bound: `s_{k+1} ||P_{>k} Delta W||^2`, P the projector on the remaining directions.
         total_bound: `s_{k+1} ||Delta W||^2`: needs only the size of the step.
-        rank_bound: rank of the drift matrix is at most this, `min(C, rows, rank of the new features)`.
+        rank_bound: rank of the drift matrix is at most this: `min(C, rows)`, and the rank of the new features where
+            the training cannot leave their span (no decay toward zero, no penalty, no Adam).
     """
 
     modes: int
@@ -145,13 +146,13 @@ def certificate(old: Spectrum, change: Float[Tensor, "rows C"], k: int, new_rank
     tail = float(_patterns(old, change)[k:].square().sum())
     following = float(old.values[k]) if k < len(old.values) else 0.0
     step = float(change.square().sum())
-    outside = step - float((old.vectors[:, :k].T @ change).square().sum())
+    outside = step - float((old.vectors[:, :k].T @ change.to(old.vectors)).square().sum())
     rank = min(change.shape[1], change.shape[0], new_rank)
     return Certificate(k, tail, following * max(outside, 0.0), following * step, rank)
 
 
 def _patterns(old: Spectrum, change: Tensor) -> Float[Tensor, "k C"]:
-    return old.values.sqrt()[:, None] * (old.vectors.T @ change)
+    return old.values.sqrt()[:, None] * (old.vectors.T @ change.to(old.vectors))
 
 
 def _fewest(falling: Tensor, share: float) -> tuple[int, float]:

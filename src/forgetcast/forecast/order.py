@@ -17,7 +17,7 @@ from forgetcast.forecast.sequence import (
     union,
 )
 from forgetcast.forecast.training import Training
-from forgetcast.tangent.features import Features, check_targets
+from forgetcast.tangent.features import Features, check_labels
 from forgetcast.tangent.linear_head import LinearHead, apply_head
 from forgetcast.tangent.moments import Moments
 
@@ -78,6 +78,9 @@ def best_order(
     """
     require_choice("objective", objective, ("accuracy", "squared_error", "drift"))
     tasks, evaluation = check_sequence(tasks, evaluation, head, training)
+    for features in evaluation if objective == "accuracy" else ():
+        if features.is_array:
+            check_labels(features.name, features.y, head.outputs)
     outputs = outputs_of(tasks, head)
     steps = [task_advance(task, head, training) for task in tasks]
     accuracy = objective == "accuracy"
@@ -162,7 +165,7 @@ def _accuracy_score(evaluation: Sequence[Features], outputs: Sequence[tuple[int,
 def _accuracy(features: Features, weight: Weight, seen: list[int], outputs: int) -> float:
     hits, rows = 0, 0
     for phi, y in features.blocks():
-        labels = check_targets(features.name, y, outputs)
+        labels = check_labels(features.name, y, outputs).to(phi.device)
         scored = labels.new_tensor(seen)
         hits += int((scored[apply_head(weight[:, seen], phi).argmax(1)] == labels).sum())
         rows += len(phi)

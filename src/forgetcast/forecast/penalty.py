@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from forgetcast.checks import complaint, require_finite
+
 
 @dataclass(frozen=True, eq=False)
 class QuadraticPenalty:
@@ -15,15 +17,30 @@ class QuadraticPenalty:
         root: (r, rows) float64; rows = d + 1 with a bias.
         target: (r, C) float64.
         constant: what compression has taken out of the norm; it moves no gradient.
+
+    Raises:
+        ValueError: shapes that do not fit, NaN or infinity.
     """
 
     root: Float[Tensor, "r rows"]
     target: Float[Tensor, "r C"]
     constant: float = 0.0
 
+    def __post_init__(self) -> None:
+        for name in ("root", "target"):
+            values = torch.as_tensor(getattr(self, name)).detach().double()
+            require_finite(f"penalty {name}", values)
+            object.__setattr__(self, name, values)
+        if self.root.ndim != 2 or self.target.ndim != 2 or len(self.root) != len(self.target):
+            raise complaint(
+                f"a penalty with root {tuple(self.root.shape)} and target {tuple(self.target.shape)}",
+                "root (r, rows) and target (r, C)",
+                "Give one target row for each row of the root.",
+            )
+
     def value(self, weight: Float[Tensor, "rows C"]) -> float:
         """The penalty at `weight`. Cost: 2 r rows C."""
-        return 0.5 * float((self.root @ weight.double() - self.target).square().sum()) + self.constant
+        return 0.5 * float((self.root @ weight.to(self.root) - self.target).square().sum()) + self.constant
 
     def gradient(self, weight: Float[Tensor, "rows C"]) -> Float[Tensor, "rows C"]:
         """Its gradient `root^T (root W - target)` in the type of `weight`."""

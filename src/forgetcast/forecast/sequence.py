@@ -18,9 +18,9 @@ from torch import Tensor
 from forgetcast.checks import complaint, require_choice
 from forgetcast.forecast.closed_form import closed_path, read
 from forgetcast.forecast.linear import check_classes, weight_path
-from forgetcast.forecast.training import GradientDescent, GradientFlow, Ridge, Training
+from forgetcast.forecast.training import Training, is_closed_form
 from forgetcast.metrics.matrix import all_metrics
-from forgetcast.tangent.features import Features, check_targets
+from forgetcast.tangent.features import Features, check_labels, check_targets
 from forgetcast.tangent.linear_head import LinearHead, apply_head, check_width
 
 LossOutputs = Literal["all", "seen", "task"]
@@ -75,7 +75,7 @@ class SequenceForecast:
         seen = [union(self.outputs[: stage + 1]) for stage in stages]
         hits, rows = [0] * len(stages), 0
         for phi, y in self.evaluation[task].blocks():
-            labels = check_targets(self.evaluation[task].name, y, self.head.outputs)
+            labels = check_labels(self.evaluation[task].name, y, self.head.outputs).to(phi.device)
             for index, logits in enumerate(torch.split(apply_head(wide, phi), self.head.outputs, 1)):
                 scored = torch.tensor(seen[index], device=phi.device)
                 hits[index] += int((scored[logits[:, scored].argmax(1)] == labels).sum())
@@ -130,14 +130,12 @@ def task_advance(task: Features, head: LinearHead, training: Training) -> Advanc
     Closed forms keep the task's spectrum and slope; simulations run again for each start.
     """
     reference = head.stacked()
-    if isinstance(training, GradientFlow | Ridge) or (
-        isinstance(training, GradientDescent) and training.loss == "squared"
-    ):
+    if is_closed_form(training):
         reading = read(task, head)
         reference = reference.to(reading.slope.device)
 
         def advance(weight: Weight, step: Training) -> Weight:
-            assert isinstance(step, GradientDescent | GradientFlow | Ridge)
+            assert is_closed_form(step)
             path = closed_path(step, reading.moved(weight - reference), weight)
             return weight + path.changes([float(getattr(step, step.dial))])[0]
 

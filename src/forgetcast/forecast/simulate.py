@@ -98,15 +98,18 @@ def loss_error(
                 "every new label among training.classes",
                 "Add the label to training.classes, or leave it None.",
             )
-        targets = None
+        targets = totals = None
     else:
         targets = y[:, seen].to(like)
+        totals = targets.sum(1, keepdim=True)  # probabilities sum to 1 only to rounding
         if training.loss == "cross_entropy":
             _check_probabilities(targets)
 
     def error(logits: Tensor, indices: Tensor | None) -> Tensor:
         if training.loss == "cross_entropy":
             value, scale = torch.softmax(logits, 1), 1 / len(logits) if mean else 1.0
+            if totals is not None:
+                value *= totals if indices is None else totals[indices]
         else:
             value, scale = logits, data_curvature(training.reduction, len(logits), len(seen))
         if targets is None:

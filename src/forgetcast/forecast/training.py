@@ -11,11 +11,13 @@ Conventions, everywhere in this package:
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import TypeIs
 
 from forgetcast.checks import complaint, require_choice, require_integer, require_number
 from forgetcast.forecast import filters
@@ -62,6 +64,7 @@ class GradientDescent:
     classes: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        normalise(self)
         check_descent(self)
 
     @property
@@ -122,6 +125,7 @@ class GradientFlow:
     classes: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        normalise(self)
         require_number("time", self.time)
         check_shared(self)
 
@@ -171,6 +175,7 @@ class Ridge:
     classes: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        normalise(self)
         require_number("penalty", self.penalty)
         require_choice("toward", self.toward, ("start", "zero"))
         check_shared(self)
@@ -230,6 +235,7 @@ class SGD:
     classes: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        normalise(self)
         check_descent(self)
         check_minibatch(self)
 
@@ -273,11 +279,14 @@ class AdamW:
     classes: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        normalise(self)
         check_rates(self.learning_rate, self.steps)
         check_shared(self)
         check_minibatch(self)
         for beta in self.betas:
             require_number("betas", beta, most=1.0)
+            if beta == 1:
+                raise complaint(f"got betas={self.betas}", "betas below 1", "Typical values are (0.9, 0.999).")
         require_number("epsilon", self.epsilon)
 
     def optimizer(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
@@ -294,6 +303,28 @@ class AdamW:
 ClosedForm = GradientDescent | GradientFlow | Ridge
 Minibatch = SGD | AdamW
 Training = GradientDescent | GradientFlow | Ridge | SGD | AdamW
+
+
+def is_closed_form(training: Training) -> TypeIs[ClosedForm]:
+    """Whether the training has a closed form: full-batch, squared loss."""
+    return isinstance(training, GradientFlow | Ridge) or (
+        isinstance(training, GradientDescent) and training.loss == "squared"
+    )
+
+
+def normalise(training: Training) -> None:
+    """Turn numpy and torch scalars, schedules and class lists into plain Python values, which records can hold."""
+    for field in fields(training):
+        if field.name not in ("order", "betas"):
+            object.__setattr__(training, field.name, _plain(getattr(training, field.name)))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bool | str) or value is None:
+        return value
+    if isinstance(value, Tensor | np.ndarray | np.generic):
+        value = value.tolist()
+    return tuple(map(_plain, value)) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
 def sgd(training: GradientDescent | SGD, parameters: list[Tensor]) -> torch.optim.Optimizer:

@@ -51,7 +51,8 @@ class SpectralAnchor:
     @staticmethod
     def from_spectrum(spectrum: Spectrum, head: LinearHead, modes: int) -> "SpectralAnchor":
         """The anchor from a spectrum at hand, such as that of a forecast."""
-        kept = spectrum.values[:modes].sqrt()[:, None] * spectrum.vectors[:, :modes].T
+        count = min(modes, spectrum.rank)
+        kept = spectrum.values[:count].sqrt()[:, None] * spectrum.vectors[:, :count].T
         return SpectralAnchor(kept, head.stacked().to(kept.device))
 
     @property

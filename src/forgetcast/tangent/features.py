@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import RandomSampler
 
 from forgetcast.checks import complaint, require_finite, require_integer
 
@@ -25,7 +26,7 @@ class Features:
       `(phi_block, y_block)`: `Features(loader)`;
     * a generator of such pairs, which is read once.
 
-    Arrays are checked at once, streams block by block as they are read.
+    Arrays are checked at once and shared, not copied; streams are checked block by block as they are read.
 
     Args:
         phi: the features, float16, bfloat16, float32 or float64; the first two are computed with in float32.
@@ -81,6 +82,11 @@ class Features:
     def read_once(self) -> bool:
         """Whether the stream is a generator, which can be read only once."""
         return not self.is_array and isinstance(self.phi, Iterator)
+
+    @property
+    def shuffled(self) -> bool:
+        """Whether the stream is a `DataLoader` that draws a new order at every pass."""
+        return isinstance(getattr(self.phi, "sampler", None), RandomSampler)
 
     @property
     def rows(self) -> int | None:
@@ -180,6 +186,7 @@ def check_targets(name: str, y: Tensor | None, outputs: int) -> Tensor:
                 "Grow the head (LinearHead.grow) or correct the targets.",
             )
         return y
+    y = y.long()
     low, high = int(y.min()), int(y.max())
     if low < 0 or high >= outputs:
         raise complaint(
@@ -187,7 +194,23 @@ def check_targets(name: str, y: Tensor | None, outputs: int) -> Tensor:
             f"labels in 0 .. {outputs - 1}",
             "Grow the head for new classes first: head.grow(number_of_classes), or renumber the labels from 0.",
         )
-    return y.long()
+    return y
+
+
+def check_labels(name: str, y: Tensor | None, outputs: int) -> Tensor:
+    """The labels (n,) in [0, C), of which accuracy is a share.
+
+    Raises:
+        ValueError: no targets, a label out of range, real-valued targets.
+    """
+    y = check_targets(name, y, outputs)
+    if y.ndim != 1:
+        raise complaint(
+            f"{name}: targets of shape {tuple(y.shape)}",
+            "integer labels (n,), of which accuracy is a share",
+            "Give labels, or ask for drift and squared error only.",
+        )
+    return y
 
 
 def _tensor(array: Any) -> Tensor:

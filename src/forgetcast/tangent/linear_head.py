@@ -12,7 +12,7 @@ from forgetcast.checks import complaint, require_finite, require_integer
 
 @dataclass(frozen=True, eq=False)
 class LinearHead:
-    """A linear head: `logits = phi @ weight + bias`.
+    """A linear head: `logits = phi @ weight + bias`. It holds copies, so later training elsewhere leaves it as it is.
 
     Args:
         weight: (d, C). Note that `torch.nn.Linear` stores the transpose; `LinearHead.from_module` takes care of it.
@@ -31,8 +31,8 @@ class LinearHead:
     bias: Any = None
 
     def __post_init__(self) -> None:
-        weight = torch.as_tensor(self.weight).detach()
-        bias = None if self.bias is None else torch.as_tensor(self.bias).detach()
+        weight = torch.as_tensor(self.weight).detach().clone()  # a copy: the module it came from may be trained next
+        bias = None if self.bias is None else torch.as_tensor(self.bias).detach().clone()
         if weight.ndim != 2 or not weight.is_floating_point() or 0 in weight.shape:
             raise complaint(
                 f"a head weight of shape {tuple(weight.shape)} and type {weight.dtype}",
@@ -62,8 +62,7 @@ class LinearHead:
     @staticmethod
     def from_module(module: nn.Linear) -> "LinearHead":
         """The head that a `torch.nn.Linear` holds (a copy, transposed)."""
-        bias = None if module.bias is None else module.bias.detach().clone()
-        return LinearHead(module.weight.detach().T.clone(), bias)
+        return LinearHead(module.weight.T, module.bias)
 
     @property
     def width(self) -> int:
