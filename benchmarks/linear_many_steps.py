@@ -53,9 +53,11 @@ def run() -> dict[str, Any]:
     def forecast() -> fc.LinearForecast:
         return fc.forecast_linear(fc.Features(old, old_labels), fc.Features(new, labels), head, TRAINING)
 
+    kept = fc.Moments.of(fc.Features(old, old_labels), OUTPUTS)
     contestants = {
         "floor": lambda: torch.linalg.eigh((new.T @ new).double()),
         "floor and old Gram": lambda: (torch.linalg.eigh((new.T @ new).double()), old.T @ old),
+        "moments": lambda: fc.forecast_moments(kept, fc.Features(new, labels), head, TRAINING).at(steps=STEPS),
         "weights": lambda: forecast().at(steps=STEPS),
         "mean squared drift": lambda: forecast().at(steps=STEPS).mean_squared_drift,
         "accuracy": lambda: forecast().at(steps=STEPS).accuracy,
@@ -67,7 +69,7 @@ def run() -> dict[str, Any]:
                 "median": median(value / least for value, least in zip(times[name], times[base], strict=True)),
                 "of_minima": min(times[name]) / min(times[base]),
             }
-            for name in ("weights", "mean squared drift", "accuracy")
+            for name in ("moments", "weights", "mean squared drift", "accuracy")
         }
         for base in ("floor", "floor and old Gram")
     }

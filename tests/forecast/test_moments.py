@@ -41,3 +41,17 @@ def test_foreign_moments_are_refused():
         fc.forecast_moments(moments, new, head(7, 5), fc.Ridge(1.0))
     with pytest.raises(ValueError, match="expected equal widths and outputs"):
         moments + fc.Moments.of(new, 5)
+
+
+@pytest.mark.parametrize("training", [fc.GradientDescent(0.1, 30), fc.GradientDescent(0.1, 30, loss="cross_entropy")])
+def test_many_steps_at_once(training):
+    phi, y, start = features(50, 7, seed=2), labels(50, 0, 3), head(7, 5)
+    new = fc.Features(features(40, 7, seed=3), labels(40, 3, 5))
+    full = fc.forecast_linear(fc.Features(phi, y), new, start, training).at(steps=[30, 0, 7])
+    moments = fc.forecast_moments(fc.Moments.of(fc.Features(phi, y), 3), new, start, training).at(steps=[30, 0, 7])
+    drifts = [each.mean_squared_drift for each in moments]
+    assert drifts == pytest.approx(full.mean_squared_drift.tolist(), rel=1e-10)
+    assert moments[1].squared_error_change == pytest.approx(0, abs=1e-12)
+    assert [each.settings["training"]["steps"] for each in moments] == [30, 0, 7]
+    with pytest.raises(ValueError, match="expected values of 'steps'"):
+        moments[0].at(time=[1.0])

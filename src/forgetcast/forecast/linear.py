@@ -1,6 +1,6 @@
 """The exact forecast for a linear head on frozen features."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from time import perf_counter
@@ -43,6 +43,48 @@ class WeightPath:
     new_spectrum: Callable[[], Spectrum]
     form: str
     within_new: bool
+
+    def at(self, values: Sequence[float]) -> tuple[Change, ...]:
+        """The changes at any values of the dial, in any order, repeated or not."""
+        rising = sorted(set(values))
+        changes = dict(zip(rising, self.changes(rising), strict=True))
+        return tuple(changes[value] for value in values)
+
+
+def dial_values(
+    training: Mapping[str, Any],
+    final: float,
+    steps: Sequence[int] | None,
+    time: Sequence[float] | None,
+    penalty: Sequence[float] | None,
+) -> tuple[str, tuple[float, ...]]:
+    """The dial that was given, and its values.
+
+    Raises:
+        ValueError: a dial that this training (a record of it) does not have, no value, a value out of its range.
+    """
+    given = {k: v for k, v in {"steps": steps, "time": time, "penalty": penalty}.items() if v is not None}
+    dial = training["dial"]
+    if set(given) != {dial}:
+        raise complaint(
+            f"got {sorted(given) or 'nothing'}", f"values of {dial!r} for this training", f"Call at({dial}=[...])."
+        )
+    values = tuple(given[dial])
+    if not values:
+        raise complaint(f"got {dial}=[]", "at least one value", f"Call at({dial}=[...]).")
+    for value in values:
+        if dial != "steps":
+            require_number(dial, value)
+            continue
+        require_integer("steps", value)
+        scheduled = not isinstance(training["learning_rate"], float | int)
+        if value > final and (scheduled or training.get("order") is not None):
+            raise complaint(
+                f"got steps={value}",
+                f"at most {final:g}",
+                f"The {'schedule' if scheduled else 'order'} ends there: extend it.",
+            )
+    return dial, values
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,30 +205,8 @@ class LinearForecast(Forecast):
         Raises:
             ValueError: a dial that this training does not have, a value out of its range.
         """
-        given = {k: v for k, v in {"steps": steps, "time": time, "penalty": penalty}.items() if v is not None}
-        dial = self.settings["training"]["dial"]
-        if set(given) != {dial}:
-            raise complaint(
-                f"got {sorted(given) or 'nothing'}", f"values of {dial!r} for this training", f"Call at({dial}=[...])."
-            )
-        values = list(given[dial])
-        if not values:
-            raise complaint(f"got {dial}=[]", "at least one value", f"Call at({dial}=[...]).")
-        for value in values:
-            if dial == "steps":
-                require_integer("steps", value)
-                scheduled = not isinstance(self.settings["training"]["learning_rate"], float | int)
-                if value > self._path.final and (scheduled or self.settings["training"].get("order") is not None):
-                    raise complaint(
-                        f"got steps={value}",
-                        f"at most {self._path.final:g}",
-                        f"The {'schedule' if scheduled else 'order'} ends there: extend it.",
-                    )
-            else:
-                require_number(dial, value)
-        rising = sorted(set(values))
-        changes = dict(zip(rising, self._path.changes(rising), strict=True))
-        return Trajectory(dial, tuple(values), tuple(changes[v] for v in values), self)
+        dial, values = dial_values(self.settings["training"], self._path.final, steps, time, penalty)
+        return Trajectory(dial, values, self._path.at(values), self)
 
     def with_change(self, change: Change, dial: str, value: float) -> "LinearForecast":
         """The same forecast for another weight change (one point of a trajectory)."""

@@ -1,6 +1,6 @@
 """The forecast from second moments alone: no stored sample, d^2 + d C numbers a task."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from forgetcast.checks import complaint
-from forgetcast.forecast.linear import check_classes, describe, weight_path
+from forgetcast.forecast.linear import WeightPath, check_classes, describe, dial_values, weight_path
 from forgetcast.forecast.modes import Modes, Order, VulnerableRank, mode_table
 from forgetcast.forecast.modes import vulnerable_rank as vulnerable_rank_of
 from forgetcast.forecast.penalty import QuadraticPenalty
@@ -41,7 +41,9 @@ class MomentForecast:
     squared_error_before: float
     squared_error: float
     settings: Mapping[str, Any]
-    _gram: Float[Tensor, "rows rows"]
+    _old: Moments
+    _head: LinearHead
+    _path: WeightPath
 
     @property
     def mean_squared_drift(self) -> float:
@@ -56,7 +58,30 @@ class MomentForecast:
     @cached_property
     def old_spectrum(self) -> Spectrum:
         """Spectrum of the old second moments."""
-        return spectrum_of_gram(self._gram, torch.float32)
+        rows = len(self.change)
+        return spectrum_of_gram(self._old.gram[:rows, :rows].to(self.change.device), torch.float32)
+
+    def at(
+        self,
+        steps: Sequence[int] | None = None,
+        *,
+        time: Sequence[float] | None = None,
+        penalty: Sequence[float] | None = None,
+    ) -> tuple["MomentForecast", ...]:
+        """The forecast at several `steps` (descent), `time`s (flow) or `penalty`s (ridge), from one factorisation.
+
+        Cost: 4 rows^2 C each.
+
+        Raises:
+            ValueError: a dial that this training does not have, a value out of its range.
+        """
+        training = self.settings["training"]
+        dial, values = dial_values(training, self._path.final, steps, time, penalty)
+        changes = self._path.at(values)
+        settings = [{**self.settings, "training": {**training, dial: value}} for value in values]
+        return tuple(
+            map(_moment_forecast, repeat(self._old), repeat(self._head), repeat(self._path), changes, settings)
+        )
 
     def modes(self, k: int = 10) -> Modes:
         """The first `k` eigenmodes of the old Gram with the forecast drift along each."""
@@ -86,7 +111,6 @@ def forecast_moments(
 
     Cost: that of the new task's weight change, and 2 d^2 C.
     """
-    rows = head.width if head.bias is None else head.width + 1
     if len(old.gram) != head.width + 1 or old.cross.shape[1] > head.outputs:
         raise complaint(
             f"moments of width {len(old.gram) - 1} and {old.cross.shape[1]} outputs for a head weight of shape "
@@ -97,12 +121,21 @@ def forecast_moments(
     check_classes(training, head.outputs)
     path = weight_path(new, head, training, penalty)
     (change,) = path.changes([path.final])
+    settings = {"training": describe(training), "penalty": penalty is not None}
+    return _moment_forecast(old, head, path, change, settings)
+
+
+def _moment_forecast(
+    old: Moments, head: LinearHead, path: WeightPath, change: Float[Tensor, "rows C"], settings: Mapping[str, Any]
+) -> MomentForecast:
+    rows = len(change)
     gram = old.gram[:rows, :rows].to(change.device)
     cross = torch.nn.functional.pad(old.cross[:rows], (0, head.outputs - old.cross.shape[1])).to(change.device)
     weight = head.stacked().to(change.device)
-    energy = (change * (gram @ change)).sum(0)
-    numbers = old.rows * head.outputs
+    moved, numbers = gram @ change, old.rows * head.outputs
+    energy = (change * moved).sum(0)
     before = float((weight * (gram @ weight - 2 * cross)).sum()) + old.target_square
-    rise = 2 * float((change * (gram @ weight - cross)).sum()) + float(energy.sum())
-    settings = {"training": describe(training), "penalty": penalty is not None}
-    return MomentForecast(change, energy / old.rows, before / numbers, (before + rise) / numbers, settings, gram)
+    rise = 2 * float((weight * moved - change * cross).sum()) + float(energy.sum())
+    return MomentForecast(
+        change, energy / old.rows, before / numbers, (before + rise) / numbers, settings, old, head, path
+    )
