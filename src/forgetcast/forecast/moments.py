@@ -80,7 +80,8 @@ class MomentForecast:
         changes = self._path.at(values)
         settings = [{**self.settings, "training": {**training, dial: value}} for value in values]
         return tuple(
-            map(_moment_forecast, repeat(self._old), repeat(self._head), repeat(self._path), changes, settings)
+            _moment_forecast(self._old, self._head, self._path, change, own)
+            for change, own in zip(changes, settings, strict=True)
         )
 
     def modes(self, k: int = 10) -> Modes:
