@@ -16,7 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor, nn
 
-from forgetcast.forecast.linear import LinearForecast, describe, forecast_linear
+from forgetcast.forecast.linear import LinearForecast, forecast_linear
+from forgetcast.forecast.path import describe
 from forgetcast.forecast.penalty import QuadraticPenalty
 from forgetcast.forecast.result import COLUMNS, Calibration, Forecast, share_right
 from forgetcast.forecast.training import GradientDescent

@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from forgetcast.checks import complaint
-from forgetcast.forecast.linear import WeightPath, check_classes, describe, dial_values, weight_path
 from forgetcast.forecast.modes import Modes, Order, VulnerableRank, mode_table
 from forgetcast.forecast.modes import vulnerable_rank as vulnerable_rank_of
+from forgetcast.forecast.path import WeightPath, check_classes, describe, dial_values, weight_path
 from forgetcast.forecast.penalty import QuadraticPenalty
 from forgetcast.forecast.training import Training
 from forgetcast.tangent.features import Features
@@ -119,7 +119,7 @@ def forecast_moments(
             "equal widths, and no more outputs than the head",
             "Take the moments with the backbone that feeds this head.",
         )
-    check_classes(training, head.outputs)
+    check_classes(training, new, head.outputs)
     path = weight_path(new, head, training, penalty)
     (change,) = path.changes([path.final])
     settings = {"training": describe(training), "penalty": penalty is not None}

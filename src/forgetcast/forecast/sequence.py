@@ -17,7 +17,7 @@ from torch import Tensor
 
 from forgetcast.checks import complaint, require_choice
 from forgetcast.forecast.closed_form import closed_path, read
-from forgetcast.forecast.linear import check_classes, weight_path
+from forgetcast.forecast.path import check_classes, weight_path
 from forgetcast.forecast.training import Training, is_closed_form
 from forgetcast.metrics.matrix import all_metrics
 from forgetcast.tangent.features import Features, check_labels, check_targets
@@ -169,7 +169,8 @@ def check_sequence(
         if features.is_array:
             check_width(features.name, features.phi, head)
             check_targets(features.name, features.y, head.outputs)
-    check_classes(training, head.outputs)
+    for task in tasks:
+        check_classes(training, task, head.outputs)
     return list(tasks), list(evaluation)
 
 
