@@ -32,11 +32,11 @@ from forgetcast.tangent.features import Features
 from forgetcast.tangent.linear_head import LinearHead
 
 FEATURES = 256
-MODES_SHOWN = 40
+MODES_SHOWN = 64
 POINTS_SHOWN = 800
 MODES_HELD = 24
 TRAINING = GradientDescent(learning_rate=0.005, steps=100, momentum=0.9, loss="cross_entropy")
-HOLD = 3e-4
+HOLD = 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,10 +111,10 @@ def run_lane(prepared: Prepared, console: Console, on_step: Callable[[], None], 
     """Task after task: forecast, print, train for real, compare, print."""
     stream, lane = prepared.stream, Lane([], [], [])
     head = LinearHead.zeros(FEATURES, len(stream[0].classes))
-    anchors: list[SpectralAnchor] = []
+    anchors: list[tuple[SpectralAnchor, int]] = []
     for index, (task, new) in enumerate(zip(stream.tasks, prepared.train, strict=True)):
         head = head.grow(max(task.classes) + 1)
-        penalty = _penalty([anchor.grow(head.outputs) for anchor in anchors])
+        penalty = _penalty(anchors, head.outputs)
         tests = prepared.test[: index + 1]
         old = _joined(tests[:-1] or tests)
         started = perf_counter()
@@ -147,7 +147,7 @@ def run_lane(prepared: Prepared, console: Console, on_step: Callable[[], None], 
             )
             lane.tasks.append(_entry(stream, index, forecast, logits, fit, (seconds, trained), len(new.phi)))
         if protected:
-            anchors.append(SpectralAnchor.of(new, head, MODES_HELD))
+            anchors.append((SpectralAnchor.of(new, head, MODES_HELD), len(new.phi)))
     return lane
 
 
@@ -156,10 +156,11 @@ def _line(name: str, before: float, after: float, each_before: Sequence[float], 
     return f"  {name}  old accuracy {before:6.1%} -> {after:6.1%}   ({tasks})"
 
 
-def _penalty(anchors: list[SpectralAnchor]) -> QuadraticPenalty | None:
-    if not anchors:
-        return None
-    return combined_penalty([anchor.penalty(HOLD * anchor.modes * anchor.weight.shape[1] / 2) for anchor in anchors])
+def _penalty(anchors: list[tuple[SpectralAnchor, int]], outputs: int) -> QuadraticPenalty | None:
+    """`HOLD` times the mean squared drift along the held modes, summed over the old tasks."""
+    grown = [(anchor.grow(outputs), rows) for anchor, rows in anchors]
+    parts = [anchor.penalty(HOLD * anchor.modes * outputs / rows) for anchor, rows in grown]
+    return combined_penalty(parts) if parts else None
 
 
 def _joined(parts: Sequence[Features]) -> Features:
