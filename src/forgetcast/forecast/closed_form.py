@@ -19,7 +19,7 @@ from forgetcast.forecast.penalty import QuadraticPenalty
 from forgetcast.forecast.training import ClosedForm, GradientFlow, Ridge, data_curvature
 from forgetcast.tangent.features import Features, target_matrix
 from forgetcast.tangent.linear_head import LinearHead, apply_head, check_width, with_bias
-from forgetcast.tangent.moments import bordered_gram, gram
+from forgetcast.tangent.moments import stacked_gram
 from forgetcast.tangent.spectrum import Spectrum, spectrum_of_gram, spectrum_of_rows
 
 
@@ -60,7 +60,7 @@ def read(new: Features, head: LinearHead) -> Reading:
             slope[-1] += residual.sum(0)
         rows += len(phi)
         if not dual:
-            part = gram(phi) if phi.shape[1] == len(weight) else bordered_gram(phi)
+            part = stacked_gram(phi, len(weight))
             total = part if total is None else total.add_(part)
     if total is None:
         moments = spectrum_of_rows(with_bias(new.gather()[0], len(weight)))

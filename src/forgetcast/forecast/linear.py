@@ -12,16 +12,14 @@ from torch import Tensor
 from forgetcast.checks import complaint, require_integer
 from forgetcast.forecast.modes import Certificate, Modes, Order, VulnerableRank, certificate, mode_table
 from forgetcast.forecast.modes import vulnerable_rank as vulnerable_rank_of
-from forgetcast.forecast.path import WeightPath, check_classes, describe, dial_values, weight_path
+from forgetcast.forecast.path import Change, WeightPath, check_classes, describe, dial_values, weight_path
 from forgetcast.forecast.penalty import QuadraticPenalty
 from forgetcast.forecast.result import Cost, Forecast
 from forgetcast.forecast.training import Training
 from forgetcast.tangent.features import Features, check_targets
 from forgetcast.tangent.linear_head import LinearHead, apply_head, check_width
-from forgetcast.tangent.moments import bordered_gram, gram, streamed_gram
+from forgetcast.tangent.moments import stacked_gram, streamed_gram
 from forgetcast.tangent.spectrum import Overlap, Spectrum, overlap, spectrum_of, spectrum_of_gram
-
-Change = Float[Tensor, "rows C"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,9 +176,8 @@ def common_basis(changes: Sequence[Change], tolerance: float) -> tuple[Float[Ten
     The basis comes as one wide head (rows, q C), so that one product serves all. Cost: t^2 rows C.
     """
     rows, outputs = changes[0].shape
-    orthogonal, triangle = torch.linalg.qr(
-        torch.stack(list(changes)).flatten(1).T
-    )  # an SVD of the small factor is fast
+    stacked = torch.stack(list(changes)).flatten(1)
+    orthogonal, triangle = torch.linalg.qr(stacked.T)  # the SVD of the small factor is fast
     left, singular, right_vectors = torch.linalg.svd(triangle.T, full_matrices=False)
     kept = max(int((singular > tolerance * singular[0]).sum()), 1)
     basis = orthogonal @ right_vectors[:kept].T  # (rows C, q)
@@ -276,6 +273,6 @@ def _read_old(old: Features, head: LinearHead, change: Change) -> tuple[Tensor, 
         if y is not None:
             targets.append(check_targets(old.name, y, head.outputs))
         if old.read_once:
-            part = gram(phi) if phi.shape[1] == len(weight) else bordered_gram(phi)
+            part = stacked_gram(phi, len(weight))
             total = part if total is None else total.add_(part)
     return torch.cat(drift), torch.cat(before), torch.cat(targets) if targets else None, total

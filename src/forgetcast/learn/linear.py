@@ -46,11 +46,10 @@ def train_linear_head(
             module.bias.copy_(head.bias)
     start = [parameter.detach().clone() for parameter in module.parameters()]
     parameters: list[Tensor] = list(module.parameters())
-    whole = isinstance(training, GradientDescent)
     optimizer = sgd(training, parameters) if isinstance(training, GradientDescent) else training.optimizer(parameters)
     order = None if isinstance(training, GradientDescent) else batches(training, len(phi))
     for step in range(training.steps):
-        batch = slice(None) if whole or order is None else next(order)
+        batch = slice(None) if order is None else next(order)
         optimizer.param_groups[0]["lr"] = rate_at(training.learning_rate, step)
         optimizer.zero_grad()
         loss = _loss(module(phi[batch]), y[batch], training)

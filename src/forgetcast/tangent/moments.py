@@ -98,11 +98,16 @@ def bordered_gram(phi: Float[Tensor, "n d"]) -> Float[Tensor, "d_bias d_bias"]:
     return result
 
 
+def stacked_gram(phi: Float[Tensor, "n d"], stacked_rows: int) -> Float[Tensor, "rows rows"]:
+    """The Gram of `phi`, with the bias border where the stacked head has `stacked_rows` = d + 1 rows."""
+    return gram(phi) if phi.shape[1] == stacked_rows else bordered_gram(phi)
+
+
 def streamed_gram(features: Features, stacked_rows: int) -> Float[Tensor, "rows rows"]:
     """`phi^T phi` over all blocks, with the bias border where `stacked_rows` = d + 1. Float64."""
     total: Tensor | None = None
     for phi, _ in features.blocks():
-        part = gram(phi) if phi.shape[1] == stacked_rows else bordered_gram(phi)
+        part = stacked_gram(phi, stacked_rows)
         total = part if total is None else total.add_(part)
     assert total is not None
     return total
