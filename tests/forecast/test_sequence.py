@@ -133,3 +133,19 @@ def test_a_generator_cannot_be_a_task():
     both = fc.Ridge(1.0, classes=(0, 1))
     with pytest.raises(ValueError, match="loss_outputs='task' beside"):
         fc.forecast_sequence([fc.Features(phi, y)], head(9, 2), both, loss_outputs="task")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_no_exchange_of_two_tasks_improves_the_greedy_order(bias):
+    tasks, start = [fc.Features(*task) for task in stream(8, rows=12)], head(9, 16, bias=bias)
+
+    def drift(order):
+        forecast = fc.forecast_sequence([tasks[i] for i in order], start, fc.Ridge(0.5))
+        return sum(float(forecast.drift(i).square().sum(1).mean()) for i in range(7)) / 7
+
+    best = fc.best_order(tasks, start, fc.Ridge(0.5), objective="drift")
+    assert drift(best.order) == pytest.approx(best.value, rel=1e-8)
+    for i, j in itertools.combinations(range(8), 2):
+        swapped = list(best.order)
+        swapped[i], swapped[j] = swapped[j], swapped[i]
+        assert drift(swapped) >= best.value * (1 - 1e-9)
