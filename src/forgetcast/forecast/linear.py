@@ -12,9 +12,10 @@ from torch import Tensor
 from forgetcast.checks import complaint, require_integer
 from forgetcast.forecast.modes import Certificate, Modes, Order, VulnerableRank, certificate, mode_table
 from forgetcast.forecast.modes import vulnerable_rank as vulnerable_rank_of
-from forgetcast.forecast.path import Change, WeightPath, check_classes, describe, dial_values, weight_path
+from forgetcast.forecast.path import Change, WeightPath, check_classes, describe, dial_values
 from forgetcast.forecast.penalty import QuadraticPenalty
 from forgetcast.forecast.result import Cost, Forecast
+from forgetcast.forecast.route import weight_path
 from forgetcast.forecast.training import Training
 from forgetcast.tangent.features import Features, check_targets
 from forgetcast.tangent.linear_head import LinearHead, apply_head, check_width
@@ -94,7 +95,7 @@ class LinearForecast(Forecast):
     @cached_property
     def new_spectrum(self) -> Spectrum:
         """Spectrum of the new second moments."""
-        return self._path.new_spectrum()
+        return self._path.new_spectrum
 
     def modes(self, k: int = 10) -> Modes:
         """The first `k` eigenmodes of the old Gram with the forecast drift along each."""

@@ -12,8 +12,9 @@ from torch import Tensor
 from forgetcast.checks import complaint
 from forgetcast.forecast.modes import Modes, Order, VulnerableRank, mode_table
 from forgetcast.forecast.modes import vulnerable_rank as vulnerable_rank_of
-from forgetcast.forecast.path import WeightPath, check_classes, describe, dial_values, weight_path
+from forgetcast.forecast.path import WeightPath, check_classes, describe, dial_values
 from forgetcast.forecast.penalty import QuadraticPenalty
+from forgetcast.forecast.route import weight_path
 from forgetcast.forecast.training import Training
 from forgetcast.tangent.features import Features
 from forgetcast.tangent.linear_head import LinearHead

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from forgetcast.checks import complaint, require_choice
 from forgetcast.forecast.closed_form import closed_path, read
-from forgetcast.forecast.path import check_classes, weight_path
+from forgetcast.forecast.path import check_classes
+from forgetcast.forecast.route import weight_path
 from forgetcast.forecast.training import Training, is_closed_form
 from forgetcast.metrics.matrix import all_metrics
 from forgetcast.tangent.features import Features, check_labels, check_targets
@@ -132,6 +133,7 @@ def task_advance(task: Features, head: LinearHead, training: Training) -> Advanc
     reference = head.stacked()
     if is_closed_form(training):
         reading = read(task, head)
+        _ = reading.moments.spectrum  # taken once for all starts, instead of a solve for each
         reference = reference.to(reading.slope.device)
 
         def advance(weight: Weight, step: Training) -> Weight:

@@ -9,6 +9,7 @@ which needs one product with the n x n Gram a step and is exact for any optimise
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -17,11 +18,51 @@ from torch.nn.functional import linear
 from torch.utils.data import RandomSampler
 
 from forgetcast.checks import complaint
+from forgetcast.forecast.path import WeightPath
 from forgetcast.forecast.penalty import QuadraticPenalty
 from forgetcast.forecast.training import GradientDescent, Minibatch, Training, data_curvature, rate_at, sgd
-from forgetcast.tangent.features import check_targets
+from forgetcast.tangent.features import Features, check_targets
+from forgetcast.tangent.linear_head import with_bias
+from forgetcast.tangent.spectrum import Spectrum, spectrum_of
 
 Changes = list[Float[Tensor, "rows C"]]
+
+
+@dataclass(frozen=True, eq=False)
+class SimulatedPath(WeightPath):
+    """Weights along a training that is run in feature space; each call runs it once, to its last dial value.
+
+    Attributes:
+        training: what is run.
+        new: all new samples, in memory.
+        weight: (rows, C) at the start.
+        penalty: a quadratic penalty of the training.
+    """
+
+    training: GradientDescent | Minibatch
+    new: Features
+    weight: Float[Tensor, "rows C"]
+    penalty: QuadraticPenalty | None
+
+    @property
+    def form(self) -> str:
+        """How it is computed."""
+        return "simulation"
+
+    @property
+    def new_spectrum(self) -> Spectrum:
+        """Spectrum of the second moments of the new features."""
+        return spectrum_of(self.new, len(self.weight))
+
+    def changes(self, dials: list[float]) -> Changes:
+        """Delta W after each of the rising steps."""
+        steps = [int(dial) for dial in dials]
+        phi, y = self.new.gather()
+        phi, y = with_bias(phi, len(self.weight)), check_targets(self.new.name, y, self.weight.shape[1])
+        # A shorter or longer run of the same training: the schedule and order are prefixes, nothing else changes.
+        if isinstance(self.training, GradientDescent):
+            return simulate_full_batch(self.training, phi, y, self.weight, self.penalty, steps)
+        return simulate_minibatch(self.training, phi, y, self.weight, self.penalty, steps)
 
 
 def simulate_full_batch(

@@ -12,6 +12,7 @@ Conventions, everywhere in this package:
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from math import log
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -25,6 +26,7 @@ from forgetcast.forecast import filters
 Loss = Literal["squared", "cross_entropy"]
 Reduction = Literal["mean", "sum"]
 LearningRate = float | Sequence[float]
+ROUNDING = torch.finfo(torch.float64).eps
 
 
 def data_curvature(reduction: Reduction, rows: int, outputs: int) -> float:
@@ -85,6 +87,17 @@ class GradientDescent:
             return filters.gradient_descent(a, self.learning_rate, count)
         return filters.momentum_descent(a, self.learning_rate, count, self.momentum, self.nesterov)
 
+    def stiffness(self, steps: float) -> float:  # noqa: ARG002
+        """Curvature of the training's own that `filter` adds."""
+        return 0.0
+
+    def converged_between(self, steps: float) -> tuple[float, float] | None:
+        """Curvatures between which phi(a) is 1 / a to rounding after `steps`: `|1 - learning_rate a|^steps <= eps`."""
+        if not isinstance(self.learning_rate, float | int) or self.momentum > 0 or steps == 0:
+            return None
+        least = (1 - ROUNDING ** (1 / steps)) / self.learning_rate
+        return least, 2 / self.learning_rate - least
+
     def check_stable(self, largest: float) -> None:
         """Raise if the learning rate makes the direction of curvature `largest` diverge; names the largest stable one.
 
@@ -142,6 +155,14 @@ class GradientFlow:
         """phi(a) after `time`."""
         return filters.gradient_flow(a, time)
 
+    def stiffness(self, time: float) -> float:  # noqa: ARG002
+        """Curvature of the training's own that `filter` adds."""
+        return 0.0
+
+    def converged_between(self, time: float) -> tuple[float, float] | None:
+        """Curvatures between which phi(a) is 1 / a to rounding after `time`: `exp(-time a) <= eps`."""
+        return (-log(ROUNDING) / time, float("inf")) if time > 0 else None
+
     def check_stable(self, largest: float) -> None:
         """A flow is always stable."""
 
@@ -192,6 +213,14 @@ class Ridge:
     def filter(self, a: Tensor, penalty: float) -> Tensor:
         """phi(a) at `penalty`."""
         return filters.ridge(a, penalty)
+
+    def stiffness(self, penalty: float) -> float:
+        """Curvature of the training's own that `filter` adds: the penalty."""
+        return penalty
+
+    def converged_between(self, penalty: float) -> tuple[float, float] | None:  # noqa: ARG002
+        """Curvatures between which phi(a) is `1 / (a + penalty)`: all."""
+        return 0.0, float("inf")
 
     def check_stable(self, largest: float) -> None:
         """A minimiser is always stable."""

@@ -1,6 +1,7 @@
 """Eigenvalues and directions of feature second moments; effective rank; overlap of two tangent spaces."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -42,6 +43,60 @@ class Spectrum:
     def rank(self) -> int:
         """Number of eigenvalues above the noise floor."""
         return int((self.values > self.floor).sum())
+
+
+@dataclass(frozen=True, eq=False)
+class Curvature:
+    """A positive semi-definite matrix S, decomposed only when its directions are asked for.
+
+    Attributes:
+        matrix: S (rows, rows) float64; None in the dual form, where only its spectrum is known.
+        product_type: the type in which the products behind S were taken.
+        given: its spectrum, where that came first.
+    """
+
+    matrix: Float[Tensor, "rows rows"] | None
+    product_type: torch.dtype
+    given: Spectrum | None = None
+
+    @cached_property
+    def spectrum(self) -> Spectrum:
+        """Eigenvalues and directions. Cost: about 9 rows^3, once."""
+        if self.given is not None:
+            return self.given
+        assert self.matrix is not None
+        return spectrum_of_gram(self.matrix, self.product_type)
+
+    @property
+    def decomposed(self) -> bool:
+        """Whether the spectrum is there already."""
+        return self.given is not None or "spectrum" in self.__dict__
+
+    def dense(self) -> Float[Tensor, "rows rows"]:
+        """S itself. Cost in the dual form: 2 rows^2 k."""
+        if self.matrix is not None:
+            return self.matrix
+        vectors = self.spectrum.vectors
+        return (vectors * self.spectrum.values) @ vectors.T
+
+    def __matmul__(self, step: Float[Tensor, "rows c"]) -> Float[Tensor, "rows c"]:
+        """`S step`."""
+        if self.matrix is not None:
+            return self.matrix @ step
+        vectors = self.spectrum.vectors
+        return vectors @ (self.spectrum.values[:, None] * (vectors.T @ step))
+
+    def lies_between(self, least: float, most: float) -> bool:
+        """Whether every eigenvalue of `matrix` lies between, by two Cholesky factorisations. Cost: 2/3 rows^3."""
+        assert self.matrix is not None
+        return is_positive(self.matrix, -least) and (most == float("inf") or is_positive(-self.matrix, most))
+
+
+def is_positive(matrix: Float[Tensor, "rows rows"], shift: float) -> bool:
+    """Whether `matrix + shift I` is positive definite. Cost: rows^3 / 3."""
+    shifted = matrix.clone()
+    shifted.diagonal().add_(shift)
+    return int(torch.linalg.cholesky_ex(shifted).info) == 0
 
 
 def participation_ratio(values: Float[Tensor, " k"]) -> float:
