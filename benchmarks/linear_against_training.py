@@ -13,6 +13,7 @@ ROWS, WIDTH, OUTPUTS, STEPS, SLICE = 4000, 512, 50, 2000, 100
 DESCENT = {"learning_rate": 10.0, "steps": STEPS}
 TRAININGS = {
     "squared loss": fc.GradientDescent(**DESCENT),
+    "squared loss, short of convergence": fc.GradientDescent(learning_rate=0.1, steps=STEPS),
     "cross-entropy": fc.GradientDescent(learning_rate=0.1, steps=200, loss="cross_entropy"),
     "cross-entropy, AdamW in minibatches": fc.AdamW(learning_rate=1e-3, steps=STEPS, batch_size=64),
 }
@@ -68,7 +69,7 @@ def run() -> dict[str, Any]:
             modules.append(train(phi, y, training, training.steps))
 
         contestants = {"forecast": forecast, "training": lambda t=training: train(phi, y, t, SLICE)}
-        times = interleaved(contestants, 5 if name == "squared loss" else 2)
+        times = interleaved(contestants, 5 if training.loss == "squared" else 2)
         ratios = [training.steps / SLICE * b / a for a, b in zip(times["forecast"], times["training"], strict=True)]
         full = seconds(whole)
         with torch.no_grad():

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from forgetcast.forecast.path import WeightPath, spanned
+from forgetcast.forecast.path import WeightPath, check_seen, spanned
 from forgetcast.forecast.penalty import QuadraticPenalty
 from forgetcast.forecast.training import ClosedForm, GradientFlow, Ridge, data_curvature
 from forgetcast.tangent.features import Features, target_matrix
@@ -44,8 +44,12 @@ class Reading:
         return replace(self, slope=self.slope + self.moments @ step)
 
 
-def read(new: Features, head: LinearHead) -> Reading:
-    """One pass over the new features. Dual (n x n) where there are fewer samples than features."""
+def read(new: Features, head: LinearHead, classes: tuple[int, ...] | None = None) -> Reading:
+    """One pass over the new features. Dual (n x n) where there are fewer samples than features.
+
+    Raises:
+        ValueError: widths or targets that do not fit, a label outside `classes`, the outputs that the loss sees.
+    """
     weight, outputs = head.stacked(), head.outputs
     dual = new.rows is not None and new.rows < len(weight)
     slope = torch.zeros_like(weight)
@@ -53,6 +57,8 @@ def read(new: Features, head: LinearHead) -> Reading:
     rows, kind = 0, torch.float32
     for phi, y in new.blocks():
         check_width(new.name, phi, head)
+        if y is not None:
+            check_seen(new.name, y, classes)
         kind = phi.dtype
         residual = apply_head(weight, phi) - target_matrix(new.name, y, outputs, phi)
         slope = slope.to(phi.device)

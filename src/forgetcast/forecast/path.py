@@ -104,14 +104,21 @@ def check_classes(training: Training, new: Features, outputs: int) -> None:
             f"outputs in 0 .. {outputs - 1}",
             "Grow the head first: head.grow(number_of_classes).",
         )
-    if new.is_array and new.y is not None and new.y.ndim == 1:
-        unseen = new.y[~torch.isin(new.y, torch.tensor(training.classes, device=new.y.device))]
-        if len(unseen):
-            raise complaint(
-                f"{new.name}: label {int(unseen[0])} is not among the outputs that the loss sees ({training.classes})",
-                "every new label among training.classes",
-                "Add the label to training.classes, or leave it None.",
-            )
+    if new.is_array and new.y is not None:
+        check_seen(new.name, new.y, training.classes)
+
+
+def check_seen(name: str, y: Tensor, classes: tuple[int, ...] | None) -> None:
+    """Raise if a label is not among the outputs that the loss sees (None: all)."""
+    if classes is None or y.ndim != 1:
+        return
+    unseen = y[~torch.isin(y, torch.tensor(classes, device=y.device))]
+    if len(unseen):
+        raise complaint(
+            f"{name}: label {int(unseen[0])} is not among the outputs that the loss sees ({list(classes)})",
+            "every new label among training.classes",
+            "Add the label to training.classes, or leave it None.",
+        )
 
 
 def describe(training: Training) -> dict[str, Any]:

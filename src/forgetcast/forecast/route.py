@@ -21,7 +21,7 @@ def weight_path(new: Features, head: LinearHead, training: Training, penalty: Qu
             "Build the penalty with this head, and grow both to the same number of outputs.",
         )
     if is_closed_form(training):
-        return closed_path(training, read(new, head), weight, penalty)
+        return closed_path(training, read(new, head, training.classes), weight, penalty)
     if new.shuffled and isinstance(training, SGD | AdamW):
         raise complaint(
             f"{new.name}: a DataLoader with shuffle=True for a replay of minibatches",

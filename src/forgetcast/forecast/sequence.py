@@ -132,7 +132,7 @@ def task_advance(task: Features, head: LinearHead, training: Training) -> Advanc
     """
     reference = head.stacked()
     if is_closed_form(training):
-        reading = read(task, head)
+        reading = read(task, head, training.classes)
         _ = reading.moments.spectrum  # taken once for all starts, instead of a solve for each
         reference = reference.to(reading.slope.device)
 

@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 from torch.utils.data import RandomSampler
 
 from forgetcast.checks import complaint
-from forgetcast.forecast.path import WeightPath
+from forgetcast.forecast.path import WeightPath, check_seen
 from forgetcast.forecast.penalty import QuadraticPenalty
 from forgetcast.forecast.training import GradientDescent, Minibatch, Training, data_curvature, rate_at, sgd
 from forgetcast.tangent.features import Features, check_targets
@@ -130,16 +130,11 @@ def loss_error(
     columns = None if training.classes is None else sorted(training.classes)
     seen = columns if columns is not None else list(range(outputs))
     mean = training.reduction == "mean"
+    check_seen("new", y, training.classes)
     if y.ndim == 1:
         place = torch.full((outputs,), -1, dtype=torch.int64, device=like.device)
         place[seen] = torch.arange(len(seen), device=like.device)
         labels = place[y]
-        if int(labels.min()) < 0:
-            raise complaint(
-                f"new: label {int(y[labels < 0][0])} is not among the outputs that the loss sees ({seen})",
-                "every new label among training.classes",
-                "Add the label to training.classes, or leave it None.",
-            )
         targets = totals = None
     else:
         targets = y[:, seen].to(like)
