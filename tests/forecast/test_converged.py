@@ -4,9 +4,9 @@ import pickle
 
 import pytest
 import torch
-from builders import DOUBLE, features, head, labels, measured_drift, relative_error, train
 
 import forgetcast as fc
+from builders import DOUBLE, features, head, labels, measured_drift, relative_error, train
 from forgetcast.tangent.spectrum import Curvature
 
 CONVERGED = [
