@@ -9,9 +9,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from forgetcast.backbones.weights import weights_hash
 from forgetcast.cli import main
 from forgetcast.metrics.matrix import all_metrics
-from forgetcast.runs.record import read_record, weights_hash, write_record
+from forgetcast.runs.record import read_record, write_record
 
 
 @pytest.fixture(scope="module")

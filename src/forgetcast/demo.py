@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor, nn
 
+from forgetcast.backbones.weights import weights_hash
 from forgetcast.forecast.linear import LinearForecast, forecast_linear
 from forgetcast.forecast.path import describe
 from forgetcast.forecast.penalty import QuadraticPenalty
@@ -25,7 +26,7 @@ from forgetcast.learn.linear import train_linear_head
 from forgetcast.metrics.matrix import DEFINITIONS, all_metrics
 from forgetcast.protect.spectral import SpectralAnchor, combined_penalty
 from forgetcast.report.page import write_report
-from forgetcast.runs.record import provenance, weights_hash, write_record
+from forgetcast.runs.record import provenance, write_record
 from forgetcast.streams.scenarios import Stream, class_incremental
 from forgetcast.streams.sources import Source
 from forgetcast.tangent.features import Features

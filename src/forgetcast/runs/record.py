@@ -1,6 +1,5 @@
 """The record of a run: everything that is needed to say what its numbers are, in one JSON file."""
 
-import hashlib
 import json
 import os
 import platform
@@ -10,8 +9,6 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from forgetcast.checks import complaint
 
@@ -25,26 +22,19 @@ def provenance() -> dict[str, Any]:
     return {"schema": SCHEMA, "created": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions}
 
 
-def weights_hash(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 of a state dict: names, types, shapes and bytes, in the order of the names."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.flatten().view(-1).numpy().tobytes())
-    return f"sha256:{digest.hexdigest()}"
-
-
 def write_record(record: Mapping[str, Any], folder: Path) -> Path:
     """Write `record.json` into `folder`; the file appears whole or not at all.
 
     Raises:
         ValueError: a NaN or infinity in the record, which JSON cannot hold.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "record.json"
-    text = json.dumps(record, indent=1, allow_nan=False)
-    with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".part", delete=False, encoding="utf-8") as part:
+    return write_whole(json.dumps(record, indent=1, allow_nan=False), folder / "record.json")
+
+
+def write_whole(text: str, path: Path) -> Path:
+    """Write a text file, which appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as part:
         part.write(text)
     os.replace(part.name, path)  # noqa: PTH105
     return path

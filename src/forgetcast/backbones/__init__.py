@@ -1,0 +1,1 @@
+"""Frozen pretrained networks as maps from inputs to features, and their features kept on disk."""

@@ -1,0 +1,118 @@
+"""Features of a frozen backbone, computed once and kept on disk under the hash of what made them."""
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from forgetcast.backbones.weights import weights_hash
+from forgetcast.checks import complaint, require_finite, require_integer
+
+Read = Callable[[Int[np.ndarray, " _"]], Tensor]
+
+
+def cached_features(
+    backbone: nn.Module,
+    read: Read,
+    rows: int,
+    folder: Path,
+    *,
+    data_hash: str,
+    preprocessing: str = "",
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+    on_batch: Callable[[int], None] = lambda _: None,
+) -> Float[Tensor, "n d"]:
+    """Features of samples 0 .. rows - 1, from `folder` where they are there already.
+
+    Args:
+        backbone: maps a batch to (n, d); run in evaluation mode, without gradient.
+        read: maps places in the source to inputs.
+        rows: number of samples.
+        folder: holds one safetensors file a key.
+        data_hash: of the samples.
+        preprocessing: describes how `read` prepares them: its hash or record.
+        batch_size: samples a pass; no part of the key, because rows do not depend on each other.
+        device: where the backbone runs.
+        on_batch: called with the number of samples after each pass (a progress bar).
+
+    Raises:
+        ValueError: features that are no (n, d), NaN or infinity.
+    """
+    require_integer("rows", rows, least=1)
+    require_integer("batch_size", batch_size, least=1)
+    parts = [weights_hash(backbone.state_dict()), type(backbone).__qualname__, repr(backbone), data_hash, preprocessing]
+    key = hashlib.sha256(json.dumps([*parts, rows]).encode()).hexdigest()
+    path = folder / f"{key}.safetensors"
+    kept = _kept(path, rows)
+    if kept is not None:
+        return kept
+    phi = extract(backbone, read, rows, batch_size, torch.device(device), on_batch)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder, suffix=".part", delete=False) as part:
+        pass
+    save_file({"phi": phi}, part.name, metadata={"sha256": _checksum(phi)})
+    os.replace(part.name, path)  # noqa: PTH105
+    return phi
+
+
+def extract(
+    backbone: nn.Module,
+    read: Read,
+    rows: int,
+    batch_size: int,
+    device: torch.device,
+    on_batch: Callable[[int], None] = lambda _: None,
+) -> Float[Tensor, "n d"]:
+    """Features of samples 0 .. rows - 1 in float32 on the CPU; the backbone is left in the mode it was in."""
+    training = backbone.training
+    backbone.to(device).eval()
+    parts = []
+    try:
+        with torch.no_grad():
+            for start in range(0, rows, batch_size):
+                places = np.arange(start, min(start + batch_size, rows))
+                phi = backbone(read(places).to(device))
+                if phi.ndim != 2 or len(phi) != len(places):
+                    raise complaint(
+                        f"the backbone made {tuple(phi.shape)} of {len(places)} samples",
+                        "features (n, d), one row a sample",
+                        "Pool its output, for example with the class token.",
+                    )
+                require_finite("features", phi, first_row=start)
+                parts.append(phi.float().cpu())
+                on_batch(len(places))
+    finally:
+        backbone.train(training)
+    return torch.cat(parts)
+
+
+def _checksum(phi: Tensor) -> str:
+    return hashlib.sha256(phi.contiguous().numpy().tobytes()).hexdigest()
+
+
+def _kept(path: Path, rows: int) -> Tensor | None:
+    """Features on disk, or None where there are none or they are damaged (then they are made again)."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            phi: Tensor = file.get_tensor("phi")
+            expected = (file.metadata() or {}).get("sha256")
+    except (SafetensorError, OSError) as error:
+        warnings.warn(f"{path} is damaged ({error}): its features are computed again", stacklevel=3)
+        return None
+    if len(phi) != rows or _checksum(phi) != expected:
+        warnings.warn(f"{path} is damaged (its checksum does not match): computed again", stacklevel=3)
+        return None
+    return phi

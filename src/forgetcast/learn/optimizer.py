@@ -1,0 +1,74 @@
+"""How a task is trained by gradient: optimiser, epochs, batch size, schedule."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import cos, pi
+from typing import Any, Literal
+
+import torch
+
+from forgetcast.checks import complaint, require_choice, require_integer, require_number
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """Optimiser and schedule of every task.
+
+    Args:
+        optimizer: "sgd" or "adamw", PyTorch's own; a new one for every task.
+        learning_rate: of the first step; a parameter group may bring its own.
+        epochs: passes over the training samples of a task.
+        batch_size: samples a step, over all processes; the last short batch is kept.
+        momentum: of sgd.
+        weight_decay: as the optimiser defines it.
+        schedule: "constant", or "cosine": `rate (1 + cos(pi step / steps)) / 2` over the steps of a task.
+
+    Raises:
+        ValueError: a value out of its range, momentum with adamw.
+    """
+
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    learning_rate: float = 1e-3
+    epochs: int = 1
+    batch_size: int = 64
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "cosine"] = "constant"
+
+    def __post_init__(self) -> None:
+        require_choice("optimizer", self.optimizer, ("sgd", "adamw"))
+        require_choice("schedule", self.schedule, ("constant", "cosine"))
+        require_number("learning_rate", self.learning_rate, strict=True)
+        require_integer("epochs", self.epochs)
+        require_integer("batch_size", self.batch_size, least=1)
+        require_number("momentum", self.momentum, most=1.0)
+        require_number("weight_decay", self.weight_decay)
+        if self.optimizer == "adamw" and self.momentum > 0:
+            raise complaint(
+                f"got momentum={self.momentum} with adamw", "momentum 0", "Use sgd, or leave out the momentum."
+            )
+
+    def build(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
+        """A new optimiser over parameter groups; each remembers its first rate as "initial_lr".
+
+        Raises:
+            ValueError: groups without a parameter.
+        """
+        groups = [{**group, "initial_lr": group.get("lr", self.learning_rate)} for group in groups if group["params"]]
+        if not groups:
+            raise complaint(
+                "a model without a trainable parameter",
+                "at least one parameter with requires_grad",
+                "Unfreeze something, or use a method that needs no gradient.",
+            )
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(
+                groups, lr=self.learning_rate, momentum=self.momentum, weight_decay=self.weight_decay
+            )
+        return torch.optim.AdamW(groups, lr=self.learning_rate, weight_decay=self.weight_decay)
+
+    def set_rate(self, optimizer: torch.optim.Optimizer, step: int, steps: int) -> None:
+        """The learning rates of one step of the `steps` of a task."""
+        factor = 1.0 if self.schedule == "constant" else (1 + cos(pi * step / steps)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
