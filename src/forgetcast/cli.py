@@ -1,6 +1,7 @@
 """The command line. Everything heavy is imported inside the commands, so that `--help` answers at once."""
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -51,3 +52,77 @@ def report(run: Path) -> None:
     except ValueError as error:
         raise click.ClickException(str(error)) from error
     click.echo(f"report: {page}")
+
+
+@main.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("overrides", metavar="[key=value ...]", nargs=-1)
+@click.option("--root", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Of all runs.")
+@click.option("--seeds", default="", help="Several runs, such as 0,1,2; each has its own directory.")
+def run(recipe: Path, overrides: tuple[str, ...], root: Path, seeds: str) -> None:
+    """Run a RECIPE to its end; after a kill or Ctrl-C the same command goes on where it stopped."""
+    from rich.console import Console
+
+    from forgetcast.runs.execute import execute
+    from forgetcast.runs.recipe import load_recipe
+
+    try:
+        several = [f"seed={seed.strip()}" for seed in seeds.split(",")] if seeds else [None]
+        for seed in several:
+            folder = execute(load_recipe(recipe, [*overrides, *([seed] if seed else [])]), root, Console(stderr=True))
+            click.echo(f"run: {folder}")
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+    except KeyboardInterrupt:
+        click.echo("stopped after saving: the same command goes on from here", err=True)
+        raise SystemExit(130) from None
+
+
+@main.command()
+@click.argument("root", metavar="[ROOT]", default="runs")
+@click.argument("filters", metavar="[key=value ...]", nargs=-1)
+def runs(root: str, filters: tuple[str, ...]) -> None:
+    """List the runs in the folder ROOT ("runs" by default) whose recipes meet every key=value."""
+    from rich.console import Console
+
+    from forgetcast.runs.store import list_runs
+    from forgetcast.runs.tables import runs_table
+
+    if "=" in root:
+        root, filters = "runs", (root, *filters)
+    try:
+        found = list_runs(Path(root), filters)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+    Console(highlight=False).print(runs_table(found, Path(root)))
+    for run in found:
+        if run.problem is not None:
+            click.echo(f"{run.folder}: {run.problem}", err=True)
+
+
+@main.command()
+@click.argument("folders", metavar="RUN RUN ...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--metric", default="average_accuracy", show_default=True, help="A key of the records' metrics.")
+@click.option(
+    "--better", type=click.Choice(["higher", "lower"]), help="Whether more is better, for metrics of your own."
+)
+def compare(folders: tuple[Path, ...], metric: str, better: Literal["higher", "lower"] | None) -> None:
+    """Compare the recipes of two or more finished runs, paired over seeds."""
+    from rich.console import Console
+
+    from forgetcast.runs.compare import compare as compare_records
+    from forgetcast.runs.record import read_record
+    from forgetcast.runs.tables import comparison_tables
+
+    try:
+        comparison = compare_records([read_record(folder) for folder in folders], metric, better=better)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+    console = Console(highlight=False)
+    for table in comparison_tables(comparison):
+        console.print(table)
+    for pair in comparison.differences:
+        if pair.no_interval is not None:
+            console.print(f"{pair.second} and {pair.first}: {pair.no_interval}", markup=False)
+    if comparison.definition is not None:
+        console.print(f"{metric}: {comparison.definition}", markup=False)

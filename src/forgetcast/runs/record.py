@@ -49,9 +49,11 @@ def read_record(folder: Path) -> dict[str, Any]:
     path = folder / "record.json" if folder.is_dir() else folder
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise complaint(
-            f"cannot read the record {path} ({error})", "a folder with a record.json", "Run `forgetcast demo` first."
+            f"cannot read the record {path} ({error})",
+            "a folder with a record.json",
+            "Finish that run first, or run `forgetcast demo`.",
         ) from error
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
         given = record.get("schema") if isinstance(record, dict) else type(record).__name__

@@ -1,0 +1,67 @@
+"""Every method by name. A method is imported when it is asked for."""
+
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+from forgetcast.checks import complaint, require_choice
+from forgetcast.heads.linear import Linear
+from forgetcast.methods.base import Method, Model
+from forgetcast.methods.sequential import Sequential
+
+METHODS: dict[str, str] = {
+    "sequential": "forgetcast.methods.sequential:Sequential",
+    "joint": "forgetcast.methods.joint:Joint",
+    "probe": "forgetcast.methods.probe:Probe",
+    "ewc": "forgetcast.methods.ewc:EWC",
+    "kronecker_ewc": "forgetcast.methods.ewc:KroneckerEWC",
+    "si": "forgetcast.methods.si:SI",
+    "lwf": "forgetcast.methods.lwf:LwF",
+    "replay": "forgetcast.methods.replay:ExperienceReplay",
+    "der": "forgetcast.methods.der:DER",
+    "der++": "forgetcast.methods.der:DERPlusPlus",
+    "icarl": "forgetcast.methods.icarl:ICaRL",
+    "slca": "forgetcast.methods.slca:SLCA",
+    "ncm": "forgetcast.methods.ncm:NCM",
+    "simplecil": "forgetcast.methods.ncm:SimpleCIL",
+    "ranpac": "forgetcast.methods.ranpac:RanPAC",
+    "analytic": "forgetcast.methods.analytic:ACIL",
+    "slda": "forgetcast.methods.slda:SLDA",
+    "fecam": "forgetcast.methods.fecam:FeCAM",
+}
+
+
+def method_class(name: str) -> type[Method]:
+    """The class of a method, imported now.
+
+    Raises:
+        ValueError: an unknown name; the message names the nearest.
+    """
+    require_choice("method", name, METHODS)
+    module, _, attribute = METHODS[name].partition(":")
+    found = getattr(import_module(module), attribute)
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise complaint(f"{METHODS[name]} is {found!r}", "a subclass of Method", "Correct METHODS.")
+    return found
+
+
+def create(name: str, backbone: nn.Module, width: int, **options: Any) -> Method:
+    """A method on a backbone, with the head it asks for; one that learns by gradient gets an empty linear head.
+
+    Args:
+        name: one of `METHODS`.
+        backbone: maps inputs to features (n, width).
+        width: features a sample.
+        **options: further arguments of the method's class.
+
+    Raises:
+        ValueError: an unknown name, or an option out of range.
+    """
+    maker: Any = method_class(name)
+    made: Method = (
+        maker(Model(backbone, Linear(width)), **options)
+        if issubclass(maker, Sequential)
+        else maker(backbone, width, **options)
+    )
+    return made

@@ -1,0 +1,54 @@
+"""The options of a method: read off its constructor, so that a new method needs no schema of its own."""
+
+import inspect
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from pydantic.errors import PydanticSchemaGenerationError
+
+from forgetcast.checks import complaint
+from forgetcast.methods.base import Method
+from forgetcast.methods.registry import method_class
+from forgetcast.runs.keys import did_you_mean
+
+GIVEN_BY_THE_RUN = ("model", "backbone", "width", "protections", "seed")
+
+
+def method_options(method: type[Method]) -> dict[str, inspect.Parameter]:
+    """The parameters of a method's constructor that a recipe may give: all but those that the run gives."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(method).parameters
+    return {key: value for key, value in parameters.items() if key not in GIVEN_BY_THE_RUN and value.kind in named}
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Hold options against the constructor of a method.
+
+    Raises:
+        ValueError: an unknown method or option, a missing option, a value of another type.
+    """
+    known = method_options(method_class(name))
+    for key, value in options.items():
+        if key in GIVEN_BY_THE_RUN:
+            raise complaint(f"got method.{key}={value!r}", f"no {key}, which the run gives", f"Leave method.{key} out.")
+        if key not in known:
+            raise complaint(
+                f"{name} has no option method.{key}",
+                f"one of {sorted(known)}" if known else "no option",
+                did_you_mean(f"method.{key}", [f"method.{option}" for option in known]),
+            )
+        _check_type(f"method.{key}", value, known[key].annotation)
+    for key, parameter in known.items():
+        if parameter.default is parameter.empty and key not in options:
+            raise complaint(f"no method.{key}", f"a value, which {name} has no default for", f"Add method.{key}.")
+
+
+def _check_type(key: str, value: Any, annotation: Any) -> None:
+    try:
+        # By way of JSON a strict check takes a list for a tuple, which is what YAML can say.
+        TypeAdapter(annotation).validate_json(json.dumps(value), strict=True)
+    except (ValidationError, PydanticSchemaGenerationError) as error:
+        kind = getattr(annotation, "__name__", str(annotation))
+        raise complaint(f"got {key}={value!r}", f"a value of type {kind}", f"Correct {key}.") from error

@@ -1,0 +1,120 @@
+"""What every method must hold, whatever it is: no peeking at tasks, no dependence on batches, resume bit for bit."""
+
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from small import stream
+from torch import Tensor, nn
+
+from forgetcast.backbones.weights import weights_hash
+from forgetcast.learn.evaluate import logits_of
+from forgetcast.learn.loop import Checkpointing, learn, stored_numbers
+from forgetcast.learn.optimizer import Optimization
+from forgetcast.methods.base import Method
+from forgetcast.methods.registry import METHODS, create
+
+CPU = torch.device("cpu")
+OPTIMIZATION = Optimization(learning_rate=1e-2, epochs=6, batch_size=32)
+SMALL = {"slca": {"samples": 32, "epochs": 2, "backbone_rate": 1e-2}, "ranpac": {"size": 200}, "replay": {"capacity": 40}}
+
+
+def new(name: str) -> Method:
+    torch.manual_seed(5)
+    return create(name, nn.Sequential(nn.Linear(64, 20), nn.ReLU()), 20, **SMALL.get(name, {}))
+
+
+def read(places: np.ndarray) -> Tensor:
+    return torch.from_numpy(stream().source.inputs[places])
+
+
+def tensors(state, path: str = "") -> dict[str, Tensor]:
+    if isinstance(state, Tensor):
+        return {path: state}
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list | tuple) else ()
+    return {key: value for name, own in items for key, value in tensors(own, f"{path}/{name}").items()}
+
+
+@cache
+def trained(name: str) -> tuple[Method, list[list[float]]]:
+    method = new(name)
+    return method, learn(method, stream(), OPTIMIZATION, seed=3).accuracy_matrix
+
+
+def check_no_peek(method: Method) -> None:
+    """Predictions are those of each input alone: for any batch, any order, and whatever task is named last."""
+    places = np.concatenate([task.test for task in stream().tasks])
+    whole = logits_of(method, read, places, len(places), CPU)
+    alone = logits_of(method, read, places, 1, CPU)
+    assert torch.allclose(whole, alone, atol=1e-4)
+    order = np.random.default_rng(0).permutation(len(places))
+    shuffled = logits_of(method, read, places[order], 13, CPU)
+    assert torch.allclose(whole[torch.from_numpy(order)], shuffled, atol=1e-4)
+    classes = method.classes
+    try:
+        method.classes = stream()[0].classes
+        assert torch.equal(logits_of(method, read, places, len(places), CPU), whole)
+    finally:
+        method.classes = classes
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_no_peek_at_task_or_batch(name):
+    check_no_peek(trained(name)[0])
+
+
+class _Peeks(Method):
+    """Tells the task from the batch, as a broken evaluation would."""
+
+    def __init__(self, inner: Method, how: Callable[["_Peeks", Tensor], Tensor]) -> None:
+        super().__init__(inner.model)
+        self.classes, self.seen, self.how = inner.classes, inner.seen, how
+
+    def loss(self, batch):
+        raise NotImplementedError
+
+    def predict(self, inputs):
+        return self.how(self, self.model(inputs))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda self, logits: logits + 5 * torch.eye(6)[list(self.classes)].sum(0),
+        lambda self, logits: logits + 5 * torch.nn.functional.one_hot(logits.mean(0).argmax(), 6),
+        lambda self, logits: (logits - logits.mean(0)) / (logits.std(0, correction=0) + 1e-3),
+    ],
+    ids=["task", "majority", "batch statistics"],
+)
+def test_a_method_that_peeks_is_caught(how):
+    with pytest.raises(AssertionError):
+        check_no_peek(_Peeks(trained("joint")[0], how))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_it_learns_and_counts_what_it_keeps(name):
+    method, matrix = trained(name)
+    assert np.mean([row[-1] for row in matrix]) > 0.5  # learning accuracy, chance is a third on average
+    assert stored_numbers(method.state_dict()) >= stored_numbers(dict(method.model.state_dict()))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_resumed_run_is_the_whole_run(name, tmp_path):
+    whole, matrix = trained(name)
+    stops = [0]
+
+    def stop(event) -> None:  # once in the middle of the second task, once at its end, before it is saved
+        stops[0] += 1
+        if event["task"] == 1 and (event["event"] == "task" or event.get("epoch") == 2):
+            raise KeyboardInterrupt
+
+    checkpointing = Checkpointing(tmp_path, steps=2)
+    with pytest.raises(KeyboardInterrupt):
+        learn(new(name), stream(), OPTIMIZATION, seed=3, checkpointing=checkpointing, on_event=stop)
+    assert stops[0] > 1
+    torch.manual_seed(99)
+    resumed = new(name)
+    assert learn(resumed, stream(), OPTIMIZATION, seed=3, checkpointing=checkpointing).accuracy_matrix == matrix
+    assert weights_hash(tensors(resumed.state_dict())) == weights_hash(tensors(whole.state_dict()))
