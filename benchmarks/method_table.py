@@ -26,7 +26,7 @@ from forgetcast.streams.scenarios import Stream, class_incremental
 from forgetcast.streams.sources import Source, digits
 
 SEEDS = (0, 1, 2)
-PER_CLASS = 200
+PER_CLASS = 100
 COLUMNS = ("average_accuracy", "last_accuracy", "learning_accuracy", "first_minus_last", "best_minus_last")
 PLACED = ("sequential", "ewc", "lwf", "replay")
 BUFFER = {name: {"capacity": 500} for name in ("replay", "der", "der++", "icarl")}

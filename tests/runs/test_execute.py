@@ -93,3 +93,12 @@ def test_what_a_recipe_cannot_run(tmp_path):
     with pytest.raises(ValueError, match=r"mlp:wide.*Give a width"):
         execute(build_recipe(tree), tmp_path)
     assert not any(json.loads(path.read_text()) for path in tmp_path.glob("*/record.json"))
+
+
+@pytest.mark.parametrize(("key", "value"), [("base", 4), ("validation_share", 0.1)])
+def test_keys_that_this_run_does_not_read_are_refused(key, value, tmp_path):
+    tree = recipe().dump()
+    tree["data"][key] = value
+    with pytest.raises(ValueError, match=f"data.{key}"):
+        execute(build_recipe(tree), tmp_path)
+    assert not list(tmp_path.iterdir())

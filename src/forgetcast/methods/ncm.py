@@ -17,7 +17,7 @@ class NCM(ClosedForm):
     """
 
     def __init__(self, backbone: nn.Module, width: int) -> None:
-        super().__init__(backbone, Prototype(width, metric="cosine"))
+        super().__init__(backbone, Prototype(width, metric="euclidean"))
 
 
 class SimpleCIL(ClosedForm):

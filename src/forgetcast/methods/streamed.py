@@ -11,6 +11,8 @@ from forgetcast.checks import complaint
 from forgetcast.heads.base import StreamedHead
 from forgetcast.methods.base import Batch, Method, Model, TaskData
 
+BLOCK = 4096
+
 
 class ClosedForm(Method):
     """A frozen backbone and a head that learns from one reading of each task, in `end_task`, without gradient.
@@ -48,9 +50,22 @@ class ClosedForm(Method):
         """
         super().end_task(task)
         with torch.no_grad(), evaluated(self.model):
-            for batch in task.batches():
-                self.head.observe(self.model.features(batch.inputs), batch.labels)
+            for phi, labels in self._blocks(task):
+                self.head.observe(phi, labels)
             self.head.solve()
+
+    def _blocks(self, task: TaskData) -> Iterator[tuple[Tensor, Tensor]]:
+        """Features and labels in blocks of many batches: a head adds d x d sums for each block, however short."""
+        phis: list[Tensor] = []
+        labels: list[Tensor] = []
+        for batch in task.batches():
+            phis.append(self.model.features(batch.inputs))
+            labels.append(batch.labels)
+            if sum(map(len, phis)) >= BLOCK:
+                yield torch.cat(phis), torch.cat(labels)
+                phis, labels = [], []
+        if phis:
+            yield torch.cat(phis), torch.cat(labels)
 
     def predict(self, inputs: Tensor) -> Float[Tensor, "n C"]:
         """Logits over every output seen so far, float64, in evaluation mode, so that no row depends on another."""

@@ -101,6 +101,13 @@ def stream_of(recipe: Recipe) -> Stream:
             "class_incremental or task_incremental",
             "Build it in Python: domain_incremental takes one source a domain.",
         )
+    for key, value, nothing in (("base", data.base, None), ("validation_share", data.validation_share, 0.0)):
+        if value != nothing:
+            raise complaint(
+                f"got data.{key}={value}",
+                f"no {key}: the scenario of this run does not read it",
+                f"Leave data.{key} out.",
+            )
     assert data.increment is not None
     return class_incremental(
         source_from(data.source),
