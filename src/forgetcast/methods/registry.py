@@ -18,6 +18,7 @@ METHODS: dict[str, str] = {
     "kronecker_ewc": "forgetcast.methods.ewc:KroneckerEWC",
     "si": "forgetcast.methods.si:SI",
     "lwf": "forgetcast.methods.lwf:LwF",
+    "spectral": "forgetcast.methods.spectral:Spectral",
     "replay": "forgetcast.methods.replay:ExperienceReplay",
     "der": "forgetcast.methods.der:DER",
     "der++": "forgetcast.methods.der:DERPlusPlus",
