@@ -13,6 +13,9 @@ from forgetcast.streams.sources import Source, digits
 
 OPTIMIZATION = Optimization(optimizer="adamw", learning_rate=3e-3, epochs=4, batch_size=32, schedule="cosine")
 
+# Without Adam, which turns a gradient of rounding size into a full step: for comparing sums taken in another order.
+SMOOTH = Optimization(optimizer="sgd", learning_rate=0.05, momentum=0.9, epochs=4, batch_size=32)
+
 
 @cache
 def stream() -> Stream:

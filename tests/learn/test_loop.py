@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import OPTIMIZATION, Plain, plain, stream
+from small import OPTIMIZATION, SMOOTH, Plain, plain, stream
 from torch import nn
 
 from forgetcast.backbones.weights import weights_hash
@@ -17,6 +17,8 @@ from forgetcast.heads.linear import Linear
 from forgetcast.learn.loop import Checkpointing, learn
 from forgetcast.learn.optimizer import Optimization
 from forgetcast.methods.base import Model
+from forgetcast.streams.scenarios import class_incremental
+from forgetcast.streams.variants import blurry
 
 HERE = Path(__file__).parent
 
@@ -148,8 +150,17 @@ def test_two_processes_give_the_result_of_one(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run([*launch, str(script), str(tmp_path)], env=environment, check=True, capture_output=True, timeout=240)
     method = plain(dropout=0)
-    learn(method, stream(), OPTIMIZATION, seed=3)
+    learn(method, stream(), SMOOTH, seed=3)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     for name, value in method.model.state_dict().items():
         assert torch.equal(ranks[0][name], ranks[1][name])
         assert torch.allclose(ranks[0][name], value, atol=1e-6), name
+
+
+def test_blurry_and_online_streams():
+    leaking = blurry(stream(), 0.3)
+    done = learn(plain(dropout=0), leaking, OPTIMIZATION, seed=3)
+    assert len(done.accuracy_matrix) == 3
+    online = class_incremental(stream().source, 2, online=True)
+    with pytest.raises(ValueError, match="4 epochs over an online stream"):
+        learn(plain(dropout=0), online, OPTIMIZATION)

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from small import OPTIMIZATION, plain, stream
+from small import SMOOTH, plain, stream
 
 from forgetcast.learn.loop import learn
 
 accelerator = Accelerator(cpu=True)
 assert accelerator.num_processes == 2
 method = plain(dropout=0)
-learn(method, stream(), OPTIMIZATION, seed=3, accelerator=accelerator)
+learn(method, stream(), SMOOTH, seed=3, accelerator=accelerator)
 torch.save(method.model.state_dict(), Path(sys.argv[1]) / f"{accelerator.process_index}.pt")
 accelerator.end_training()

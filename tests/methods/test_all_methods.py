@@ -18,7 +18,11 @@ from forgetcast.methods.registry import METHODS, create
 
 CPU = torch.device("cpu")
 OPTIMIZATION = Optimization(learning_rate=1e-2, epochs=6, batch_size=32)
-SMALL = {"slca": {"samples": 32, "epochs": 2, "backbone_rate": 1e-2}, "ranpac": {"size": 200}, "replay": {"capacity": 40}}
+SMALL = {
+    "slca": {"samples": 32, "epochs": 2, "backbone_rate": 1e-2},
+    "ranpac": {"size": 200},
+    "replay": {"capacity": 40},
+}
 
 
 def new(name: str) -> Method:

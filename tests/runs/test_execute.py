@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from forgetcast.cli import main
-from forgetcast.runs.execute import execute
+from forgetcast.runs.execute import execute, stream_of
 from forgetcast.runs.metrics_log import read_metrics
 from forgetcast.runs.recipe import build_recipe, load_recipe
 from forgetcast.runs.record import read_record
@@ -95,10 +95,12 @@ def test_what_a_recipe_cannot_run(tmp_path):
     assert not any(json.loads(path.read_text()) for path in tmp_path.glob("*/record.json"))
 
 
-@pytest.mark.parametrize(("key", "value"), [("base", 4), ("validation_share", 0.1)])
-def test_keys_that_this_run_does_not_read_are_refused(key, value, tmp_path):
+def test_every_key_of_the_data_is_read(tmp_path):
     tree = recipe().dump()
-    tree["data"][key] = value
-    with pytest.raises(ValueError, match=f"data.{key}"):
-        execute(build_recipe(tree), tmp_path)
-    assert not list(tmp_path.iterdir())
+    tree["data"] |= {"base": 6, "validation_share": 0.25, "scenario": "task_incremental", "online": True}
+    tree["training"]["epochs"] = 1
+    stream = stream_of(build_recipe(tree))
+    assert [len(task.classes) for task in stream.tasks] == [6, 4]
+    assert all(len(task.validation) > 0 for task in stream.tasks)
+    record = read_record(execute(build_recipe(tree), tmp_path))
+    assert record["accuracy_matrix"] == record["task_incremental_matrix"] != record["class_incremental_matrix"]

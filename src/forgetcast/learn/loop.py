@@ -129,6 +129,12 @@ def learn(
         ValueError: a checkpoint of another run, a loss that is no longer finite, a trainable parameter that the loss
             does not reach.
     """
+    if stream.online and method.by_gradient and optimization.epochs != 1:
+        raise complaint(
+            f"got {optimization.epochs} epochs over an online stream",
+            "one, because each sample is seen once",
+            "Set epochs=1, or make the stream without online.",
+        )
     accelerator = Accelerator() if accelerator is None else accelerator
     method.model.to(accelerator.device)
     run = _Run(method, stream, optimization, seed, read or _reader(stream), checkpointing, accelerator, on_event)
@@ -311,8 +317,9 @@ class _Run:
     def task_data(self) -> TaskData:
         index = self.progress.task
         tasks = self.stream.tasks
-        seen = tuple(sorted({output for task in tasks[: index + 1] for output in task.classes}))
         indices, labels = self.samples(index)
+        leaked = {int(output) for task in tasks[: index + 1] for output in np.unique(self.stream.outputs[task.train])}
+        seen = tuple(sorted(leaked.union(*(task.classes for task in tasks[: index + 1]))))
         size = self.optimization.batch_size
 
         def batches() -> Iterator[Batch]:

@@ -81,7 +81,7 @@ class SLCA(Sequential):
         super().end_task(task)
         features, labels = task_features(self.model, task)
         for label in sorted(set(labels.tolist())):
-            phi = features[labels == label]
+            phi = features[labels == label].double()  # fewer samples than features leave only JITTER to stand on
             mean = phi.mean(0)
             centred = phi - mean
             covariance = centred.T @ centred / max(len(phi) - 1, 1)

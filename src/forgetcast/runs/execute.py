@@ -23,7 +23,7 @@ from forgetcast.learn.loop import Checkpointing, Learnt, learn
 from forgetcast.learn.optimizer import Optimization
 from forgetcast.learn.seeding import seed_everything
 from forgetcast.methods.registry import create, method_class
-from forgetcast.metrics.matrix import DEFINITIONS
+from forgetcast.metrics.matrix import DEFINITIONS, all_metrics
 from forgetcast.protect.placement import Placement
 from forgetcast.runs.metrics_log import MetricsLog
 from forgetcast.runs.recipe import Recipe
@@ -101,20 +101,16 @@ def stream_of(recipe: Recipe) -> Stream:
             "class_incremental or task_incremental",
             "Build it in Python: domain_incremental takes one source a domain.",
         )
-    for key, value, nothing in (("base", data.base, None), ("validation_share", data.validation_share, 0.0)):
-        if value != nothing:
-            raise complaint(
-                f"got data.{key}={value}",
-                f"no {key}: the scenario of this run does not read it",
-                f"Leave data.{key} out.",
-            )
-    assert data.increment is not None
     return class_incremental(
         source_from(data.source),
         data.increment,
+        base=data.base,
         seed=recipe.seed,
         test_share=data.test_share,
+        validation_share=data.validation_share,
         class_order=data.class_order,
+        task_incremental=data.scenario == "task_incremental",
+        online=data.online,
     )
 
 
@@ -169,6 +165,7 @@ def reader(stream: Stream) -> Callable[[Int[np.ndarray, " _"]], Tensor]:
 
 
 def _record(recipe: Recipe, stream: Stream, done: Learnt, start: str, end: str, seconds: float) -> dict[str, Any]:
+    matrix = done.task_incremental_matrix if stream.task_incremental else done.accuracy_matrix
     return provenance() | {
         "name": recipe.name,
         "state": "finished",
@@ -180,9 +177,11 @@ def _record(recipe: Recipe, stream: Stream, done: Learnt, start: str, end: str, 
         "split_hash": stream.split_hash,
         "weights_hash": {"backbone_at_start": start, "model_at_end": end},
         "definitions": DEFINITIONS,
-        "accuracy_matrix": done.accuracy_matrix,
+        "scenario": stream.scenario,
+        "accuracy_matrix": matrix,
+        "class_incremental_matrix": done.accuracy_matrix,
         "task_incremental_matrix": done.task_incremental_matrix,
-        "metrics": done.metrics,
+        "metrics": all_metrics(matrix),
         "trainable_parameters": done.trainable_parameters,
         "stored_numbers": done.stored_numbers,
         "seconds_training": done.seconds,

@@ -34,7 +34,9 @@ def image_folder(path: Path) -> Source:
             files, names = files + held_out, names + held_out_names
     class_names = tuple(sorted(set(names)))
     labels = np.searchsorted(np.array(class_names), np.array(names))
-    return Source(path.name, texts_array(files), labels, test if test is None or len(test) else None, "images", class_names)
+    return Source(
+        path.name, texts_array(files), labels, test if test is None or len(test) else None, "images", class_names
+    )
 
 
 def table(

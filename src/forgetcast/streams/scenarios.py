@@ -1,85 +1,98 @@
 """Scenarios: how a source becomes a stream of tasks. Class order, split and seed are data on the stream."""
 
-import hashlib
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from jaxtyping import Int
-from sklearn.model_selection import train_test_split
 
-from forgetcast.checks import complaint, require_integer, require_number
+from forgetcast.checks import complaint, require_choice, require_integer
 from forgetcast.streams.sources import Source
-
-Indices = Int[np.ndarray, " _"]
-
-
-@dataclass(frozen=True, eq=False)
-class Task:
-    """One task: the classes it brings, and which samples of the source train and test it."""
-
-    classes: tuple[int, ...]
-    train: Indices
-    test: Indices
-
-
-@dataclass(frozen=True, eq=False)
-class Stream:
-    """Tasks in order over one source.
-
-    Attributes:
-        source: where the samples are.
-        tasks: the tasks.
-        class_order: the source's labels in order of appearance; output c of the head is `class_order[c]`.
-        outputs: (n,) the output of each sample's class.
-        seed: of class order and split.
-    """
-
-    source: Source
-    tasks: tuple[Task, ...]
-    class_order: tuple[int, ...]
-    outputs: Indices
-    seed: int
-
-    def __len__(self) -> int:
-        return len(self.tasks)
-
-    def __getitem__(self, index: int) -> Task:
-        return self.tasks[index]
-
-    @property
-    def split_hash(self) -> str:
-        """SHA-256 of class order, classes and sample indices of every task."""
-        record = [list(self.class_order)] + [
-            [list(task.classes), task.train.tolist(), task.test.tolist()] for task in self.tasks
-        ]
-        return f"sha256:{hashlib.sha256(json.dumps(record).encode()).hexdigest()}"
+from forgetcast.streams.splits import split
+from forgetcast.streams.stream import Stream as Stream
+from forgetcast.streams.stream import Task as Task
 
 
 def class_incremental(
     source: Source,
-    increment: int,
+    increment: int | None = None,
     *,
+    base: int | None = None,
+    groups: Sequence[Sequence[int | str]] | None = None,
     seed: int = 0,
     test_share: float = 0.2,
+    validation_share: float = 0.0,
     class_order: Sequence[int] | None = None,
+    task_incremental: bool = False,
+    online: bool = False,
 ) -> Stream:
-    """Class-incremental: each task brings `increment` new classes (the last may bring fewer).
+    """Class-incremental: each task brings new classes, `increment` of them or a given group.
 
     Args:
         source: the samples; its own test split is kept, if it has one.
-        increment: classes a task.
+        increment: classes a task (the last may bring fewer).
+        base: classes of the first task; `increment` by default.
+        groups: instead of the two: the labels, or the class names, of each task; together every class once.
         seed: of the class order and of the stratified split.
         test_share: share of each class that is set aside for testing, where the source makes no split.
-        class_order: labels in order of appearance; drawn from the seed by default.
+        validation_share: share of each class's other samples that is set aside for validation.
+        class_order: labels in order of appearance; drawn from the seed by default, or as in `groups`.
+        task_incremental: whether a prediction may be restricted to the classes of the sample's own task.
+        online: whether each training sample may be visited only once.
 
     Raises:
-        ValueError: fewer than two classes, an order that is not one of the source's labels, a class too small to split.
+        ValueError: fewer than two classes, an order or groups that are not the source's labels once each, a class too
+            small to split, both or neither of `increment` and `groups`.
     """
-    require_integer("increment", increment, least=1)
-    require_integer("seed", seed)
-    require_number("test_share", test_share, most=0.9, strict=True)
+    labels = labels_of(source)
+    if groups is not None:
+        if increment is not None or base is not None or class_order is not None:
+            raise complaint(
+                "got groups together with increment, base or class_order", "groups alone", "Leave the others out."
+            )
+        parts = [[_label(source, value) for value in group] for group in groups]
+        order = [label for part in parts for label in part]
+        _require_each_once("groups", order, labels)
+        sizes = [len(part) for part in parts]
+        if 0 in sizes:
+            raise complaint(f"group {sizes.index(0)} is empty", "at least one class a group", "Drop that group.")
+        settings: dict[str, Any] = {"groups": parts}
+    else:
+        require_integer("increment", increment, least=1)
+        assert increment is not None  # checked the line above
+        if class_order is None:
+            order = np.random.default_rng(seed).permutation(labels).tolist()
+        else:
+            order = [int(label) for label in class_order]
+            _require_each_once("class_order", order, labels)
+        sizes = _sizes(len(order), increment, base)
+        settings = {"increment": increment} | ({} if base is None else {"base": base})
+    place = {label: output for output, label in enumerate(order)}
+    outputs = np.array([place[label] for label in source.labels.tolist()], dtype=np.int64)
+    train, validation, test = split(source, test_share=test_share, validation_share=validation_share, seed=seed)
+    tasks = []
+    for start, size in zip(np.cumsum([0, *sizes]).tolist(), sizes, strict=False):
+        own = tuple(range(start, start + size))
+        mine = [part[np.isin(outputs[part], own)] for part in (train, test, validation)]
+        tasks.append(Task(own, *mine))
+    return Stream(
+        source,
+        tuple(tasks),
+        tuple(order),
+        outputs,
+        seed,
+        "task-incremental" if task_incremental else "class-incremental",
+        settings | {"test_share": test_share, "validation_share": validation_share},
+        task_incremental,
+        online,
+    )
+
+
+def labels_of(source: Source) -> list[int]:
+    """The source's labels, sorted.
+
+    Raises:
+        ValueError: fewer than two classes, or a class of one sample.
+    """
     labels, counts = np.unique(source.labels, return_counts=True)
     if len(labels) < 2 or counts.min() < 2:
         raise complaint(
@@ -87,31 +100,34 @@ def class_incremental(
             "at least two classes of at least two samples",
             "Merge or drop the small classes.",
         )
-    order = list(np.random.default_rng(seed).permutation(labels)) if class_order is None else list(class_order)
-    if sorted(order) != labels.tolist():
+    return [int(label) for label in labels]
+
+
+def _label(source: Source, value: int | str) -> int:
+    if isinstance(value, str):
+        names = source.class_names or ()
+        require_choice("class", value, names)
+        return names.index(value)
+    return int(value)
+
+
+def _require_each_once(name: str, order: list[int], labels: list[int]) -> None:
+    if sorted(order) != labels:
+        unknown = sorted(set(order) - set(labels))
+        missing = sorted(set(labels) - set(order))
+        twice = sorted({label for label in order if order.count(label) > 1})
         raise complaint(
-            f"got class_order={order}", f"every label of the source once: {labels.tolist()}", "Complete the order."
+            f"got {name}={order}",
+            f"every label of the source once: {labels}",
+            f"Unknown: {unknown}; missing: {missing}; more than once: {twice}.",
         )
-    place = {int(label): output for output, label in enumerate(order)}
-    outputs = np.array([place[int(label)] for label in source.labels], dtype=np.int64)
-    train, test = _split(source, outputs, test_share, seed)
-    tasks = []
-    for start in range(0, len(order), increment):
-        own = range(start, min(start + increment, len(order)))
-        tasks.append(Task(tuple(own), *(part[np.isin(outputs[part], own)] for part in (train, test))))
-    for index, task in enumerate(tasks):
-        if min(len(task.train), len(task.test)) == 0:
-            raise complaint(
-                f"task {index} has {len(task.train)} training and {len(task.test)} test samples",
-                "at least one of each",
-                "Give a split in which every class is on both sides.",
-            )
-    return Stream(source, tuple(tasks), tuple(int(label) for label in order), outputs, seed)
 
 
-def _split(source: Source, outputs: Indices, test_share: float, seed: int) -> tuple[Indices, Indices]:
-    everything = np.arange(len(outputs))
-    if source.test is not None:
-        return np.setdiff1d(everything, source.test), source.test
-    train, test = train_test_split(everything, test_size=test_share, random_state=seed, stratify=outputs)
-    return np.sort(train), np.sort(test)
+def _sizes(classes: int, increment: int, base: int | None) -> list[int]:
+    first = increment if base is None else base
+    require_integer("base", first, least=1)
+    if base is not None and base > classes:
+        raise complaint(f"got base={base}", f"at most the source's {classes} classes", "Lower base.")
+    first = min(first, classes)
+    starts = range(first, classes, increment)
+    return [first, *(min(increment, classes - start) for start in starts)]
