@@ -9,9 +9,10 @@ from small import SMOOTH, plain, stream
 
 from forgetcast.learn.loop import learn
 
-accelerator = Accelerator(cpu=True)
-assert accelerator.num_processes == 2
-method = plain(dropout=0)
-learn(method, stream(), SMOOTH, seed=3, accelerator=accelerator)
-torch.save(method.model.state_dict(), Path(sys.argv[1]) / f"{accelerator.process_index}.pt")
-accelerator.end_training()
+if __name__ == "__main__":
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+    method = plain(dropout=0)
+    learn(method, stream(), SMOOTH, seed=3, accelerator=accelerator)
+    torch.save(method.model.state_dict(), Path(sys.argv[1]) / f"{accelerator.process_index}.pt")
+    accelerator.end_training()

@@ -87,7 +87,7 @@ def test_every_trainable_parameter_receives_gradient_in_both_tasks(name, digits)
     method = made(name)
     frozen = {n: p.detach().clone() for n, p in method.model.named_parameters() if not p.requires_grad}
     assert set(frozen) == (
-        {n for n, _ in method.model.named_parameters() if "backbone" in n} if name == "probe" else set()
+        {n for n, _ in method.model.named_parameters() if "backbone" in n} if name in ("probe", "spectral") else set()
     )
     for index in range(2):
         reached = set()
@@ -184,10 +184,10 @@ def test_slca_has_two_rates_and_realigns_the_head_alone(digits):
     method = made("slca")
     learn(method, digits, 0)
     assert [group["lr"] for group in method.parameter_groups()] == [0.05, 0.1]
-    phi = method.model.features(digits[0][digits[1] == 3]).detach()
+    phi = method.model.features(digits[0][digits[1] == 3]).detach().double()
     statistics = method.statistics[3]
     torch.testing.assert_close(statistics["mean"], phi.mean(0))
-    covariance = phi.T.cov() + 1e-4 * torch.eye(16)
+    covariance = phi.T.cov() + 1e-4 * torch.eye(16, dtype=torch.float64)
     torch.testing.assert_close(statistics["root"] @ statistics["root"].T, covariance)
     task = task_of(digits, 1)
     method.begin_task(task)
