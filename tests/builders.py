@@ -83,3 +83,20 @@ def measured_drift(phi: Tensor, before: fc.LinearHead, after: fc.LinearHead) -> 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
     return float((value.double() - truth.double()).norm() / truth.double().norm().clamp_min(1e-300))
+
+
+def dense_jacobian(model: nn.Module, inputs, parameters, read=None) -> tuple[Tensor, Tensor]:
+    """J (n, c, P) by one backward pass for each number, and the outputs (n, c)."""
+    model.eval()
+    if isinstance(inputs, dict):
+        answer = model(**inputs)
+    else:
+        answer = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+    if read is None and not isinstance(answer, Tensor):
+        answer = answer["logits"]
+    outputs = answer if read is None else read(answer)
+    rows = []
+    for value in outputs.flatten():
+        gradients = torch.autograd.grad(value, list(parameters.values()), retain_graph=True, materialize_grads=True)
+        rows.append(torch.cat([gradient.flatten() for gradient in gradients]))
+    return torch.stack(rows).view(*outputs.shape, -1), outputs.detach()

@@ -1,13 +1,13 @@
-"""Checks of what a user gives. Every message says what was given, what was expected, and the remedy."""
+"""Checks of what a user gives. Every message says what was given, what was expected, and the remedy.
+
+Nothing here imports PyTorch, so that a command which only reads files answers at once.
+"""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 from math import isfinite
 from numbers import Integral, Real
 from typing import Any
-
-import torch
-from torch import Tensor
 
 
 def complaint(given: str, expected: str, remedy: str) -> ValueError:
@@ -42,14 +42,14 @@ def require_choice(name: str, value: Any, choices: Iterable[str]) -> None:
         raise complaint(f"got {name}={value!r}", f"one of {known}", remedy)
 
 
-def require_finite(name: str, values: Tensor, *, first_row: int = 0) -> None:
-    """Raise if `values` holds a NaN or an infinity, naming the first place of one.
+def require_finite(name: str, values: Any, *, first_row: int = 0) -> None:
+    """Raise if the tensor `values` holds a NaN or an infinity, naming the first place of one.
 
     Cost: one sum over `values`; the search for the place runs only when that sum is not finite.
     """
-    if torch.isfinite(values.sum()):
+    if values.sum().isfinite():
         return
-    bad = (~torch.isfinite(values)).nonzero()
+    bad = (~values.isfinite()).nonzero()
     if len(bad) == 0:
         return
     place = bad[0].tolist()

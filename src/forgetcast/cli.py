@@ -7,6 +7,9 @@ import click
 
 from forgetcast import __version__
 
+# Exit codes: 0 done, 1 refused, 2 wrongly typed (click's own), 130 interrupted, and this one.
+EXPECTATION_BROKEN = 3
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
@@ -43,12 +46,15 @@ def demo(data: Path | None, output: Path, increment: int, seed: int) -> None:
 @main.command()
 @click.argument("run", type=click.Path(path_type=Path))
 def report(run: Path) -> None:
-    """Write report.html and report.png again from the record.json in the folder RUN."""
+    """Write report.html again from the record.json in the folder RUN (of the demo, report.png too)."""
     from forgetcast.report.page import write_report
+    from forgetcast.report.run_page import is_run, write_run_report
     from forgetcast.runs.record import read_record
 
     try:
-        page = write_report(read_record(run), run if run.is_dir() else run.parent)
+        record = read_record(run)
+        write = write_run_report if is_run(record) else write_report
+        page = write(record, run if run.is_dir() else run.parent)
     except ValueError as error:
         raise click.ClickException(str(error)) from error
     click.echo(f"report: {page}")
@@ -59,23 +65,45 @@ def report(run: Path) -> None:
 @click.argument("overrides", metavar="[key=value ...]", nargs=-1)
 @click.option("--root", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Of all runs.")
 @click.option("--seeds", default="", help="Several runs, such as 0,1,2; each has its own directory.")
-def run(recipe: Path, overrides: tuple[str, ...], root: Path, seeds: str) -> None:
-    """Run a RECIPE to its end; after a kill or Ctrl-C the same command goes on where it stopped."""
+@click.option(
+    "--tracker", "trackers", multiple=True, help="Log to tensorboard, wandb, mlflow, ...; may be given several times."
+)
+def run(recipe: Path, overrides: tuple[str, ...], root: Path, seeds: str, trackers: tuple[str, ...]) -> None:
+    """Run a RECIPE to its end; after a kill or Ctrl-C the same command goes on where it stopped.
+
+    The run's directory holds record.json, metrics.jsonl and report.html.
+
+    Exits with 3 when a number that the recipe expects does not hold.
+    """
+    import json
+
     from rich.console import Console
 
+    from forgetcast.report.run_page import write_run_report
     from forgetcast.runs.execute import execute
+    from forgetcast.runs.expected import told
     from forgetcast.runs.recipe import load_recipe
+    from forgetcast.runs.record import read_record
 
+    held = True
+    if trackers:
+        overrides = (*overrides, f"trackers={json.dumps(trackers)}")
     try:
         several = [f"seed={seed.strip()}" for seed in seeds.split(",")] if seeds else [None]
         for seed in several:
             folder = execute(load_recipe(recipe, [*overrides, *([seed] if seed else [])]), root, Console(stderr=True))
-            click.echo(f"run: {folder}")
+            record = read_record(folder)
+            click.echo(f"run: {folder}\nreport: {write_run_report(record, folder)}")
+            for judgement in record["expected"]:
+                click.echo(told(judgement))
+                held = held and judgement["holds"]
     except ValueError as error:
         raise click.ClickException(str(error)) from error
     except KeyboardInterrupt:
         click.echo("stopped after saving: the same command goes on from here", err=True)
         raise SystemExit(130) from None
+    if not held:
+        raise SystemExit(EXPECTATION_BROKEN)
 
 
 @main.command()
@@ -85,7 +113,7 @@ def runs(root: str, filters: tuple[str, ...]) -> None:
     """List the runs in the folder ROOT ("runs" by default) whose recipes meet every key=value."""
     from rich.console import Console
 
-    from forgetcast.runs.store import list_runs
+    from forgetcast.runs.listing import list_runs
     from forgetcast.runs.tables import runs_table
 
     if "=" in root:
@@ -106,16 +134,28 @@ def runs(root: str, filters: tuple[str, ...]) -> None:
 @click.option(
     "--better", type=click.Choice(["higher", "lower"]), help="Whether more is better, for metrics of your own."
 )
-def compare(folders: tuple[Path, ...], metric: str, better: Literal["higher", "lower"] | None) -> None:
+@click.option(
+    "--joint",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="A run of joint training, for the metrics intransigence and forgetting_rate; once for each seed.",
+)
+def compare(
+    folders: tuple[Path, ...], metric: str, better: Literal["higher", "lower"] | None, joint: tuple[Path, ...]
+) -> None:
     """Compare the recipes of two or more finished runs, paired over seeds."""
     from rich.console import Console
 
     from forgetcast.runs.compare import compare as compare_records
     from forgetcast.runs.record import read_record
+    from forgetcast.runs.references import REFERENCED, with_reference
     from forgetcast.runs.tables import comparison_tables
 
     try:
-        comparison = compare_records([read_record(folder) for folder in folders], metric, better=better)
+        records = [read_record(folder) for folder in folders]
+        if joint or metric in REFERENCED:
+            records = with_reference(records, [read_record(folder) for folder in joint], metric)
+        comparison = compare_records(records, metric, better=better)
     except ValueError as error:
         raise click.ClickException(str(error)) from error
     console = Console(highlight=False)

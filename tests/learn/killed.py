@@ -30,12 +30,15 @@ def run(folder: Path) -> None:
         OPTIMIZATION,
         seed=3,
         checkpointing=Checkpointing(folder / "checkpoints", steps=2, minutes=0.001),
+        evaluate_every=5,
+        log_every=3,
         on_event=lambda event: events.append(dict(event)),
     )
     result = {
         "weights": weights_hash(method.model.state_dict()),
         "accuracy_matrix": done.accuracy_matrix,
-        "metrics": done.metrics,
+        "metrics": done.metrics | done.further_metrics,
+        "evaluations": done.evaluations,
         "events": events,
     }
     part = folder / "result.part"

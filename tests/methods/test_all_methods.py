@@ -23,11 +23,14 @@ SMALL = {
     "ranpac": {"size": 200},
     "replay": {"capacity": 40},
 }
+CASES = (*METHODS, *(f"{name} after a first session" for name in ("ranpac", "simplecil")))
 
 
 def new(name: str) -> Method:
     torch.manual_seed(5)
-    return create(name, nn.Sequential(nn.Linear(64, 20), nn.ReLU()), 20, **SMALL.get(name, {}))
+    name, _, session = name.partition(" after ")
+    options = {**SMALL.get(name, {}), **({"first_session": True} if session else {})}
+    return create(name, nn.Sequential(nn.Linear(64, 20), nn.ReLU()), 20, **options)
 
 
 def read(places: np.ndarray) -> Tensor:
@@ -64,7 +67,7 @@ def check_no_peek(method: Method) -> None:
         method.classes = classes
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", CASES)
 def test_no_peek_at_task_or_batch(name):
     check_no_peek(trained(name)[0])
 
@@ -97,27 +100,29 @@ def test_a_method_that_peeks_is_caught(how):
         check_no_peek(_Peeks(trained("joint")[0], how))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", CASES)
 def test_it_learns_and_counts_what_it_keeps(name):
     method, matrix = trained(name)
     assert np.mean([row[-1] for row in matrix]) > 0.5  # learning accuracy, chance is a third on average
     assert stored_numbers(method.state_dict()) >= stored_numbers(dict(method.model.state_dict()))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", CASES)
 def test_resumed_run_is_the_whole_run(name, tmp_path):
     whole, matrix = trained(name)
-    stops = [0]
-
-    def stop(event) -> None:  # once in the middle of the second task, once at its end, before it is saved
-        stops[0] += 1
-        if event["task"] == 1 and (event["event"] == "task" or event.get("epoch") == 2):
-            raise KeyboardInterrupt
+    stops = [0, 0]
 
     checkpointing = Checkpointing(tmp_path, steps=2)
-    with pytest.raises(KeyboardInterrupt):
-        learn(new(name), stream(), OPTIMIZATION, seed=3, checkpointing=checkpointing, on_event=stop)
-    assert stops[0] > 1
+    for task in (0, 1):
+
+        def stop(event, task=task) -> None:  # in the middle of a task, or at its end, before it is saved
+            stops[task] += 1
+            if event["task"] == task and (event["event"] == "task" or event.get("epoch") == 2):
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            learn(new(name), stream(), OPTIMIZATION, seed=3, checkpointing=checkpointing, on_event=stop)
+    assert min(stops) > 0
     torch.manual_seed(99)
     resumed = new(name)
     assert learn(resumed, stream(), OPTIMIZATION, seed=3, checkpointing=checkpointing).accuracy_matrix == matrix

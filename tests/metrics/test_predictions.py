@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from forgetcast.metrics.predictions import (
+    calibration_error,
     class_incremental_accuracy,
     expected_calibration_error,
     per_class_accuracy,
@@ -65,3 +66,10 @@ def test_labels_must_be_outputs(measure, labels):
 def test_tasks_must_own_the_labels(tasks):
     with pytest.raises(ValueError, match="task.*expected"):
         task_incremental_accuracy(LOGITS, LABELS, tasks)
+
+
+def test_calibration_error_refuses_what_is_no_confidence():
+    with pytest.raises(ValueError, match=r"confidences of shape \(2,\) outside \[0, 1\]; expected"):
+        calibration_error(torch.tensor([0.5, 1.5]), torch.tensor([True, False]))
+    with pytest.raises(ValueError, match="of no samples"):
+        calibration_error(torch.zeros(0), torch.zeros(0, dtype=torch.bool))

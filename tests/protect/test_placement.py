@@ -6,9 +6,9 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
+from forgetcast.forecast.network.placed import place_rows
 from forgetcast.heads.cosine import Cosine
 from forgetcast.heads.linear import Linear
-from forgetcast.protect.placement import place_rows
 
 X, Y = load_digits(return_X_y=True)
 PHI, LABELS = torch.from_numpy((X / 16).astype(np.float32)), torch.from_numpy(Y.astype(np.int64))

@@ -1,30 +1,16 @@
 import json
-import shutil
-from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from pages import HOSTILE, at, needs_browser, open_page
+from playwright.sync_api import Page
 
 from forgetcast.report import figures
 from forgetcast.report.page import FORMATS, flatten, render_page, summarise, write_report
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FIGURES = ("by-task", "matrix", "by-class", "drift", "modes")
-HOSTILE = "</script><b id='injected'>cat & dog</b><script>document.title = 'injected'</script>"
-
-needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=BROWSER, args=arguments)
-        yield launched
-        launched.close()
 
 
 @pytest.fixture(scope="module")
@@ -36,27 +22,6 @@ def report(run_record, tmp_path_factory) -> Path:
 def page(browser, report) -> Page:
     """The page of `run_record`, for tests that only read it."""
     return open_page(browser, report)[0]
-
-
-def open_page(browser: Browser, path: Path, width: int = 1280) -> tuple[Page, list[str]]:
-    """The page once every figure is drawn, and a list of all that went wrong or left the machine."""
-    page, complaints = browser.new_page(viewport={"width": width, "height": 900}), []
-    page.on("console", lambda message: complaints.append(message.text))
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("request", lambda request: None if is_local(request.url) else complaints.append(request.url))
-    page.goto(path.as_uri())
-    page.wait_for_selector("body.drawn", timeout=15_000)
-    return page, complaints
-
-
-def is_local(url: str) -> bool:
-    return url.startswith(("file:", "data:"))
-
-
-def at(record: Any, key: str) -> Any:
-    for step in key.split("."):
-        record = record[int(step)] if isinstance(record, list) else record[step]
-    return record
 
 
 def drop(item: dict[str, Any]) -> float:

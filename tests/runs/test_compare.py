@@ -6,8 +6,10 @@ from statistics import fmean
 import numpy as np
 import pytest
 
+from forgetcast.metrics.definitions import RUN_DEFINITIONS
 from forgetcast.metrics.matrix import METRICS
 from forgetcast.runs.compare import DIRECTIONS, bootstrap_interval, compare
+from forgetcast.runs.references import REFERENCED
 
 
 def records(name, values, metric="last_accuracy", **more):
@@ -58,8 +60,10 @@ def test_a_metric_of_ones_own_needs_a_direction():
         compare(both, "seconds")
 
 
-def test_every_metric_of_the_matrix_has_one_direction():
-    assert {name for name in METRICS if not name.endswith("accuracy")} == DIRECTIONS.keys()
+def test_every_metric_has_one_direction():
+    more = {"average_anytime_accuracy", "forward_transfer", "expected_calibration_error", *REFERENCED}
+    assert {name for name in METRICS if not name.endswith("accuracy")} | more == DIRECTIONS.keys()
+    assert more <= RUN_DEFINITIONS.keys()
 
 
 def test_rounding_is_a_tie():

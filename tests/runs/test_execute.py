@@ -7,9 +7,10 @@ import pytest
 from click.testing import CliRunner
 
 from forgetcast.cli import main
-from forgetcast.runs.execute import execute, stream_of
+from forgetcast.runs.data import stream_of
+from forgetcast.runs.execute import execute
 from forgetcast.runs.metrics_log import read_metrics
-from forgetcast.runs.recipe import build_recipe, load_recipe
+from forgetcast.runs.recipe import build_recipe
 from forgetcast.runs.record import read_record
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -58,15 +59,6 @@ def test_finished_run_is_not_run_again(tmp_path):
     assert len(read_metrics(log)) == 9
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
-def test_recipes_that_come_along_run(name, tmp_path):
-    path = RECIPES / f"{name}.yaml"
-    given = load_recipe(path)
-    overrides = ["training.epochs=1"] if "epochs" in given.training.model_fields_set else []
-    record = read_record(execute(load_recipe(path, overrides), tmp_path))
-    assert 0 < record["metrics"]["last_accuracy"] <= 1
-
-
 def test_placed_rows_and_cosine_head(tmp_path):
     tree = recipe().dump()
     tree["model"] |= {"head": "cosine", "new_rows": "placed"}
@@ -99,7 +91,7 @@ def test_every_key_of_the_data_is_read(tmp_path):
     tree = recipe().dump()
     tree["data"] |= {"base": 6, "validation_share": 0.25, "scenario": "task_incremental", "online": True}
     tree["training"]["epochs"] = 1
-    stream = stream_of(build_recipe(tree))
+    stream = stream_of(build_recipe(tree).data, 0)
     assert [len(task.classes) for task in stream.tasks] == [6, 4]
     assert all(len(task.validation) > 0 for task in stream.tasks)
     record = read_record(execute(build_recipe(tree), tmp_path))

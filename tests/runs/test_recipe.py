@@ -59,7 +59,7 @@ def test_recipes_do_not_change(recipe):
 
 
 def test_training_is_what_the_loop_takes():
-    assert Optimization(**Training().model_dump()) == Optimization()
+    assert Optimization(**Training().optimization) == Optimization()
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_training_is_what_the_loop_takes():
         ("data.online=1", "got data.online=1; expected a valid boolean"),
         ("data.class_order=[0, a]", "got data.class_order.1='a'; expected a valid integer"),
         ("data.class_order=[0, 0]", r"got data.class_order=\[0, 0\]; expected each label once"),
-        ("data.source=3", "got data.source=3; expected a valid string"),
+        ("data.source=3", "got data.source=3; expected digits, an address"),
         ("data=3", "got data=3; expected"),
         ("data.source.name=digits", "data.source.name='digits', and source is no section; expected a key"),
         ("method.strength=much", "got method.strength='much'; expected a value of type float. Correct"),

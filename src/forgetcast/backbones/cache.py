@@ -51,8 +51,7 @@ def cached_features(
     """
     require_integer("rows", rows, least=1)
     require_integer("batch_size", batch_size, least=1)
-    parts = [weights_hash(backbone.state_dict()), type(backbone).__qualname__, repr(backbone), data_hash, preprocessing]
-    key = hashlib.sha256(json.dumps([*parts, rows]).encode()).hexdigest()
+    key = features_key(backbone, rows, data_hash=data_hash, preprocessing=preprocessing)
     path = folder / f"{key}.safetensors"
     kept = _kept(path, rows)
     if kept is not None:
@@ -64,6 +63,15 @@ def cached_features(
     save_file({"phi": phi}, part.name, metadata={"sha256": _checksum(phi)})
     os.replace(part.name, path)  # noqa: PTH105
     return phi
+
+
+def features_key(backbone: nn.Module, rows: int, *, data_hash: str, preprocessing: str = "") -> str:
+    """The name under which `cached_features` keeps features: SHA-256 of weights, layers, samples and preprocessing.
+
+    How samples are split into tasks is no part of it: a feature depends on its own sample alone.
+    """
+    parts = [weights_hash(backbone.state_dict()), type(backbone).__qualname__, repr(backbone), data_hash, preprocessing]
+    return hashlib.sha256(json.dumps([*parts, rows]).encode()).hexdigest()
 
 
 def extract(

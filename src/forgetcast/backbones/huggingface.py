@@ -1,8 +1,8 @@
 """Hugging Face transformers as backbones: images or texts in, one feature vector a sample out."""
 
+import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,27 +10,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from forgetcast.checks import complaint, require_choice
+from forgetcast.backbones.preprocessing import Preprocessing
+from forgetcast.backbones.pretrained import Pretrained
+from forgetcast.checks import complaint, require_choice, require_integer
 
 Pooling = Literal["class_token", "mean", "last_token"]
 POOLINGS: tuple[Pooling, ...] = ("class_token", "mean", "last_token")
 DECODERS = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "opt", "gpt_neox", "phi")
 SENTENCE_ENCODERS = ("bert", "roberta", "distilbert", "mpnet", "electra", "deberta-v2", "xlm-roberta")
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """What a vision model was trained on.
-
-    Attributes:
-        size: edge of the square image, pixels.
-        mean: of each channel, for pixels in [0, 1].
-        std: likewise.
-    """
-
-    size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
 
 
 class Pooled(nn.Module):
@@ -41,8 +28,8 @@ class Pooled(nn.Module):
         pooling: "class_token" takes the first token, "mean" the mean over (unpadded) tokens, "last_token" the last
             unpadded one (decoders).
 
-    Images are (n, 3, h, w) floats; texts are (n, 2, length) integers, token ids and attention mask (`tokenize`): either
-    way one tensor that is indexed by sample.
+    Images are (n, 3, h, w) floats; texts are (n, 2, length) integers, token ids and attention mask (`TextTokenizer`):
+    either way one tensor that is indexed by sample, so that loop, memories and caches need not tell them apart.
     """
 
     def __init__(self, model: nn.Module, pooling: Pooling) -> None:
@@ -57,23 +44,32 @@ class Pooled(nn.Module):
         config: Any = self.model.config
         return int(getattr(config, "hidden_size", None) or config.n_embd)
 
+    def extra_repr(self) -> str:
+        """Pooling and settings, which neither weights nor layers show: features kept on disk are keyed by this."""
+        config: Any = self.model.config
+        settings = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+        return f"pooling={self.pooling}, config={digest[:16]}"
+
     def forward(self, inputs: Tensor) -> Float[Tensor, "n d"]:
         """Features of a batch.
 
         Raises:
-            ValueError: inputs that are neither images nor tokenized texts.
+            ValueError: inputs that are neither images nor tokenized texts, or not what the model takes.
         """
-        if inputs.is_floating_point() and inputs.ndim == 4:
+        takes: Any = self.model.main_input_name
+        if inputs.is_floating_point() and inputs.ndim == 4 and takes == "pixel_values":
             hidden = self.model(pixel_values=inputs).last_hidden_state
             mask = torch.ones(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
-        elif not inputs.is_floating_point() and inputs.ndim == 3 and inputs.shape[1] == 2:
-            mask = inputs[:, 1]
-            hidden = self.model(input_ids=inputs[:, 0], attention_mask=mask).last_hidden_state
+        elif not inputs.is_floating_point() and inputs.ndim == 3 and inputs.shape[1] == 2 and takes == "input_ids":
+            longest = max(int(inputs[:, 1].sum(1).max()), 1)  # the padding that the whole batch shares costs time alone
+            mask = inputs[:, 1, :longest]
+            hidden = self.model(input_ids=inputs[:, 0, :longest], attention_mask=mask).last_hidden_state
         else:
             raise complaint(
-                f"inputs of shape {tuple(inputs.shape)} and type {inputs.dtype}",
+                f"inputs of shape {tuple(inputs.shape)} and type {inputs.dtype} for a model that takes {takes}",
                 "images (n, 3, h, w) as floats, or tokenized texts (n, 2, length) as integers",
-                "Use an image pipeline, or tokenize(texts).",
+                "Use an image pipeline, or TextTokenizer; or choose a model for this kind of data.",
             )
         return pool(hidden, mask, self.pooling)
 
@@ -98,20 +94,35 @@ def huggingface_backbone(name: str | Path, *, pooling: Pooling | None = None) ->
         pooling: by default the mean for sentence encoders, the last token for decoders, the class token for the rest.
 
     Raises:
-        ValueError: no such model, or one without safetensors.
+        ValueError: no such model, one without safetensors, or with weights that lack a part of it.
     """
-    from transformers import AutoConfig, AutoModel, CLIPVisionModel
+    try:
+        from transformers import AutoConfig, AutoModel, CLIPVisionModel
+    except ImportError as error:
+        raise complaint(
+            f"cannot import transformers ({error})",
+            "transformers",
+            "Install it: pip install 'forgetcast[huggingface]'.",
+        ) from error
 
     try:
         kind = AutoConfig.from_pretrained(name).model_type
-        loader = CLIPVisionModel if kind in ("clip", "clip_vision_model") else AutoModel
-        model = loader.from_pretrained(name, use_safetensors=True)
+        loader: Any = CLIPVisionModel if kind in ("clip", "clip_vision_model") else AutoModel
+        model, found = loader.from_pretrained(name, use_safetensors=True, output_loading_info=True)
     except OSError as error:
         raise complaint(
             f"cannot load {name} ({error})",
             "a model of the Hugging Face hub or a directory, with its weights as safetensors",
             "Check the name; offline, give a local directory; convert old weights with model.save_pretrained.",
         ) from error
+    # A pooler is often missing, and nothing here reads it; any other missing weight would be a random one.
+    missing = sorted(key for key in found["missing_keys"] if "pooler" not in key)
+    if missing:
+        raise complaint(
+            f"the weights of {name} lack {missing[:3]} ({len(missing)} in all)",
+            "all weights of a model of its configuration",
+            "Give a complete checkpoint.",
+        )
     return as_backbone(model, pooling)
 
 
@@ -121,6 +132,17 @@ def as_backbone(model: nn.Module, pooling: Pooling | None = None) -> Pooled:
         kind = getattr(model.config, "model_type", "")
         pooling = "last_token" if kind in DECODERS else "mean" if kind in SENTENCE_ENCODERS else "class_token"
     return Pooled(model.requires_grad_(False).eval(), pooling).eval()
+
+
+def huggingface_pretrained(name: str, *, pooling: Pooling | None = None) -> Pretrained:
+    """`huggingface_backbone` with the preprocessing of images or the tokenizer that the model brings.
+
+    Raises:
+        ValueError: as `huggingface_backbone`.
+    """
+    backbone = huggingface_backbone(name, pooling=pooling)
+    positions = getattr(backbone.model.config, "max_position_embeddings", None)
+    return Pretrained(backbone, backbone.model, lambda: preprocessing_of(name), lambda: TextTokenizer(name, positions))
 
 
 def preprocessing_of(name: str | Path) -> Preprocessing:
@@ -134,9 +156,14 @@ def preprocessing_of(name: str | Path) -> Preprocessing:
     try:
         path = cached_file(str(name), "preprocessor_config.json")
         values = json.loads(Path(str(path)).read_text(encoding="utf-8"))
-        size = values.get("crop_size") or values["size"]
-        edge = size if isinstance(size, int) else size.get("height", size.get("shortest_edge"))
-        return Preprocessing(int(edge), tuple(values["image_mean"]), tuple(values["image_std"]))
+        resized, cropped = _edge(values.get("size")), _edge(values.get("crop_size"))
+        size = cropped or resized
+        if size is None:
+            raise KeyError("size")
+        share = min(size / resized, 1.0) if resized else 1.0
+        if values.get("do_normalize") is False:
+            return Preprocessing(size, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), share)
+        return Preprocessing(size, tuple(values["image_mean"]), tuple(values["image_std"]), share)
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise complaint(
             f"cannot read the preprocessing of {name} ({type(error).__name__}: {error})",
@@ -145,13 +172,60 @@ def preprocessing_of(name: str | Path) -> Preprocessing:
         ) from error
 
 
-def tokenize(name: str | Path, texts: Sequence[str], *, length: int = 64) -> Int[Tensor, "n 2 length"]:
-    """Token ids and attention mask of texts, padded or cut to `length`: (n, 2, length)."""
-    from transformers import AutoTokenizer
+class TextTokenizer:
+    """The tokenizer of a model: texts become one tensor of token ids and attention mask.
 
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "right"
-    done = tokenizer(list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-    return torch.stack([done["input_ids"], done["attention_mask"]], 1)
+    Args:
+        name: of the hub, or a directory.
+        positions: that the model has; no text may be longer.
+
+    Attributes:
+        hash: SHA-256 of the tokenizer's vocabulary and rules.
+
+    Raises:
+        ValueError: no such tokenizer, or one that cannot pad.
+    """
+
+    def __init__(self, name: str | Path, positions: int | None = None) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer: Any = AutoTokenizer.from_pretrained(name)
+        except (OSError, ImportError, ValueError, KeyError, TypeError) as error:
+            raise complaint(
+                f"cannot load the tokenizer of {name} ({' '.join(str(error).split())})",
+                "a model for texts, with its tokenizer beside it",
+                "Choose a language model, or save its tokenizer with tokenizer.save_pretrained.",
+            ) from error
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if tokenizer.pad_token is None:
+            raise complaint(f"the tokenizer of {name} has no padding", "a padding or an end token", "Name one in it.")
+        tokenizer.padding_side = "right"
+        self.most = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
+        self._tokenizer = tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        rules = json.dumps(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
+        content = f"{type(tokenizer).__name__} {tokenizer.pad_token} {rules}"
+        self.hash = f"sha256:{hashlib.sha256(content.encode()).hexdigest()}"
+
+    def __call__(self, texts: Sequence[str], length: int) -> Int[Tensor, "n 2 length"]:
+        """Token ids and attention mask of texts, padded on the right or cut to `length`: (n, 2, length).
+
+        Raises:
+            ValueError: a length beyond the model's positions.
+        """
+        require_integer("length", length, least=1)
+        if length > self.most:
+            raise complaint(f"got {length} tokens a text", f"at most {self.most}, which the model takes", "Lower it.")
+        done = self._tokenizer(
+            list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        )
+        return torch.stack([done["input_ids"], done["attention_mask"]], 1)
+
+
+def _edge(size: Any) -> int | None:
+    """Edge of a square, or length of a shorter side, as processors write them."""
+    if size is None:
+        return None
+    return int(size if isinstance(size, int) else size.get("height", size.get("shortest_edge")))

@@ -201,7 +201,7 @@ def _primal(
         if penalty is not None:
             gradient += penalty.gradient(moving.T).T
 
-    return _run(training, optimizer, set_gradient, steps, lambda: (moving - start).T.double().contiguous())
+    return run_training(training, optimizer, set_gradient, steps, lambda: (moving - start).T.double().contiguous())
 
 
 def _dual(training: GradientDescent, phi: Tensor, y: Tensor, weight: Tensor, steps: list[int]) -> Changes:
@@ -223,10 +223,10 @@ def _dual(training: GradientDescent, phi: Tensor, y: Tensor, weight: Tensor, ste
         moved[:, seen] += (phi.T @ coefficients).double()
         return moved
 
-    return _run(training, optimizer, set_gradient, steps, change)
+    return run_training(training, optimizer, set_gradient, steps, change)
 
 
-def _run(
+def run_training(
     training: GradientDescent | Minibatch,
     optimizer: torch.optim.Optimizer,
     set_gradient: Callable[[int], None],

@@ -6,6 +6,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,33 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from forgetcast.checks import complaint, require_integer
+from forgetcast.checks import complaint, require_integer, require_number
 
 TENSORS, VALUES, MANIFEST = "tensors.safetensors", "values.json", "manifest"
 SCHEMA = "forgetcast.checkpoint/1"
+
+
+@dataclass(frozen=True)
+class Checkpointing:
+    """When and where checkpoints are written; always at the end of a task.
+
+    Args:
+        folder: holds them.
+        minutes: and after this many minutes within a task.
+        steps: and after this many steps within a task, if given.
+        keep: number of checkpoints that stay.
+    """
+
+    folder: Path
+    minutes: float = 10.0
+    steps: int | None = None
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        require_number("minutes", self.minutes)
+        require_integer("keep", self.keep, least=1)
+        if self.steps is not None:
+            require_integer("steps", self.steps, least=1)
 
 
 def save_checkpoint(folder: Path, number: int, state: Mapping[str, Any], *, owner: str, keep: int = 2) -> Path:

@@ -9,93 +9,32 @@ import json
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, fields
+from itertools import accumulate
 from threading import current_thread, main_thread
 from time import monotonic
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from jaxtyping import Int
-from torch import Tensor
 
-from forgetcast.checks import complaint, require_integer, require_number
+from forgetcast.checks import complaint, require_integer
+from forgetcast.learn.checkpoint import Checkpointing as Checkpointing
 from forgetcast.learn.checkpoint import load_checkpoint, save_checkpoint
-from forgetcast.learn.evaluate import Read, logits_of, scores
+from forgetcast.learn.cost import peak_memory, peak_memory_definition, start_peak_memory, trainable_parameters
+from forgetcast.learn.cost import stored_numbers as stored_numbers
+from forgetcast.learn.evaluate import Evaluator, Read, calibration, per_class
 from forgetcast.learn.optimizer import Optimization
+from forgetcast.learn.progress import Learnt as Learnt
+from forgetcast.learn.progress import Progress, Step
+from forgetcast.learn.samples import Samples
 from forgetcast.learn.seeding import epoch_order, random_state, restore_random_state, seed_everything
-from forgetcast.methods.base import Batch, Method, TaskData
-from forgetcast.metrics.matrix import all_metrics
+from forgetcast.learn.step import require_precision, take_step
+from forgetcast.methods.base import Method, TaskData
 from forgetcast.streams.scenarios import Stream
 
-
-@dataclass(frozen=True)
-class Checkpointing:
-    """When and where checkpoints are written; always at the end of a task.
-
-    Args:
-        folder: holds them.
-        minutes: and after this many minutes within a task.
-        steps: and after this many steps within a task, if given.
-        keep: number of checkpoints that stay.
-    """
-
-    folder: Path
-    minutes: float = 10.0
-    steps: int | None = None
-    keep: int = 2
-
-    def __post_init__(self) -> None:
-        require_number("minutes", self.minutes)
-        require_integer("keep", self.keep, least=1)
-        if self.steps is not None:
-            require_integer("steps", self.steps, least=1)
-
-
-@dataclass(frozen=True)
-class Learnt:
-    """What a run over a stream measured.
-
-    Attributes:
-        accuracy_matrix: row t: class-incremental accuracy on tasks 0 .. t after training task t.
-        task_incremental_matrix: the same with the task told, from the same logits.
-        events: one dict for each epoch and each task, as they were reported.
-        seconds: of training, for each task.
-        trainable_parameters: while training, for each task.
-        stored_numbers: numbers that the method keeps after each task (weights, buffers, statistics).
-    """
-
-    accuracy_matrix: list[list[float]]
-    task_incremental_matrix: list[list[float]]
-    events: list[dict[str, Any]]
-    seconds: list[float]
-    trainable_parameters: list[int]
-    stored_numbers: list[int]
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """Every average accuracy and forgetting (class-incremental), by the name of its definition."""
-        return all_metrics(self.accuracy_matrix)
-
-
-@dataclass
-class _Progress:
-    """Where the run stands; goes into checkpoints as it is."""
-
-    task: int = 0
-    step: int = 0
-    begun: bool = False
-    saved: int = 0
-    loss: float = 0.0
-    accuracy_matrix: list[list[float]] = field(default_factory=list)
-    task_incremental_matrix: list[list[float]] = field(default_factory=list)
-    events: list[dict[str, Any]] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    trainable_parameters: list[int] = field(default_factory=list)
-    stored_numbers: list[int] = field(default_factory=list)
+LOG_EVERY = 50
 
 
 def learn(
@@ -105,9 +44,13 @@ def learn(
     *,
     seed: int = 0,
     read: Read | None = None,
+    read_training: Read | None = None,
     checkpointing: Checkpointing | None = None,
     accelerator: Accelerator | None = None,
+    evaluate_every: int | None = None,
+    log_every: int = LOG_EVERY,
     on_event: Callable[[Mapping[str, Any]], None] = lambda _: None,
+    on_step: Callable[[Step], None] | None = None,
 ) -> Learnt:
     """Train `method` over the tasks of `stream`, evaluating all tasks seen after each.
 
@@ -120,14 +63,20 @@ def learn(
         optimization: optimiser, epochs, batch size; closed-form methods use the batch size alone.
         seed: of the sample order and of all random draws.
         read: maps places in the source to inputs; the source's arrays as they are by default.
+        read_training: the same for the batches of steps alone, where these are augmented at random.
         checkpointing: where and when to save; None for never.
-        accelerator: Hugging Face Accelerate's; a plain one by default.
-        on_event: called with each event (an epoch, a task), on the main process. A resumed run reports the earlier ones
-            again first, so that whoever writes them down starts from an empty page.
+        accelerator: Hugging Face Accelerate's; a plain one by default. With bf16 the loss is computed in mixed
+            precision; evaluation is in full precision.
+        evaluate_every: also evaluate all tasks seen after so many steps within a task, for the average anytime
+            accuracy.
+        log_every: report the mean loss after so many steps within a task.
+        on_event: called with each event (some steps, an epoch, an evaluation, a task), on the main process. A resumed
+            run reports the earlier ones again first, so that whoever writes them down starts from an empty page.
+        on_step: called after every step, on the main process; nothing is reported again.
 
     Raises:
         ValueError: a checkpoint of another run, a loss that is no longer finite, a trainable parameter that the loss
-            does not reach.
+            does not reach, evaluations within the tasks of a closed form, mixed precision that scales losses.
     """
     if stream.online and method.by_gradient and optimization.epochs != 1:
         raise complaint(
@@ -135,23 +84,38 @@ def learn(
             "one, because each sample is seen once",
             "Set epochs=1, or make the stream without online.",
         )
+    require_integer("log_every", log_every, least=1)
+    if evaluate_every is not None:
+        require_integer("evaluate_every", evaluate_every, least=1)
+        if not method.by_gradient:
+            raise complaint(
+                f"got evaluate_every={evaluate_every} with {type(method).__name__}",
+                "a method that takes steps",
+                "Leave evaluate_every out: a closed form learns at the end of a task.",
+            )
     accelerator = Accelerator() if accelerator is None else accelerator
+    require_precision(accelerator)
     method.model.to(accelerator.device)
-    run = _Run(method, stream, optimization, seed, read or _reader(stream), checkpointing, accelerator, on_event)
+    run = _Run(
+        method,
+        stream,
+        optimization,
+        seed,
+        read,
+        read_training,
+        checkpointing,
+        accelerator,
+        evaluate_every,
+        log_every,
+        on_event,
+        on_step,
+    )
     seed_everything(seed)
     with run.interruptible():
         run.resume()
         while run.progress.task < len(stream):
             run.one_task()
-    progress = run.progress
-    return Learnt(
-        progress.accuracy_matrix,
-        progress.task_incremental_matrix,
-        progress.events,
-        progress.seconds,
-        progress.trainable_parameters,
-        progress.stored_numbers,
-    )
+    return run.learnt()
 
 
 class _Run:
@@ -161,20 +125,32 @@ class _Run:
         stream: Stream,
         optimization: Optimization,
         seed: int,
-        read: Read,
+        read: Read | None,
+        read_training: Read | None,
         checkpointing: Checkpointing | None,
         accelerator: Accelerator,
+        evaluate_every: int | None,
+        log_every: int,
         on_event: Callable[[Mapping[str, Any]], None],
+        on_step: Callable[[Step], None] | None,
     ) -> None:
         self.method = method
         self.stream = stream
         self.optimization = optimization
         self.seed = seed
-        self.read = read
         self.checkpointing = checkpointing
         self.accelerator = accelerator
+        self.evaluate_every = evaluate_every
+        self.log_every = log_every
         self.on_event = on_event
-        self.progress = _Progress()
+        self.on_step = on_step if accelerator.is_main_process else None
+        self.samples = Samples(
+            stream, read, read_training, joint=method.joint, batch_size=optimization.batch_size, accelerator=accelerator
+        )
+        self.evaluator = Evaluator(method, stream, self.samples.read, optimization.batch_size, accelerator.device)
+        steps = [self.steps(index) for index in range(len(stream))]
+        self.starts = [0, *accumulate(max(1, count) for count in steps)]
+        self.progress = Progress()
         self.optimizer: torch.optim.Optimizer | None = None
         self.interrupted = False
         self.last_saved = monotonic()
@@ -188,34 +164,44 @@ class _Run:
             "protections": [type(protection).__qualname__ for protection in self.method.protections],
             "split": self.stream.split_hash,
             "optimization": asdict(self.optimization),
+            "precision": str(self.accelerator.mixed_precision),
+            "evaluate_every": self.evaluate_every,
             "seed": self.seed,
         }
         return f"sha256:{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()}"
 
+    def steps(self, index: int) -> int:
+        """Optimiser steps of a task."""
+        return self.optimization.epochs * self.samples.epoch_steps(index) if self.method.takes_steps(index) else 0
+
     def one_task(self) -> None:
         progress, method = self.progress, self.method
-        task = self.task_data()
+        task = self.samples.task_data(progress.task)
+        self.clock = monotonic()
         if not progress.begun:
+            start_peak_memory(self.accelerator.device)
+            for numbers in (progress.seconds, progress.seconds_evaluation):
+                numbers.append(0.0)
+            progress.peak_memory.append(0)
+            self.evaluate_untrained(task)
             method.begin_task(task)
             progress.trainable_parameters.append(trainable_parameters(method))
-            progress.seconds.append(0.0)
             progress.begun = True
-        self.clock = monotonic()
-        if method.by_gradient:
+        if method.takes_steps(task.index):
             self.train(task)
         method.end_task(task)
+        self.tick("seconds")
         progress.stored_numbers.append(stored_numbers(method.state_dict()))
-        self.tick()
         self.evaluate(task)
         progress.task, progress.step, progress.begun, progress.loss = progress.task + 1, 0, False, 0.0
+        progress.recent_loss, progress.recent_steps = 0.0, 0
         self.optimizer = None
         self.save()
 
     def train(self, task: TaskData) -> None:
         progress, optimization, accelerator = self.progress, self.optimization, self.accelerator
-        indices, labels = self.samples(task.index)
-        epoch_steps = -(-len(indices) // optimization.batch_size)
-        steps = optimization.epochs * epoch_steps
+        indices, labels = self.samples.of_task(task.index)
+        epoch_steps, steps = self.samples.epoch_steps(task.index), self.steps(task.index)
         if self.optimizer is None:
             self.optimizer = self.new_optimizer()
         self.method.model.train()
@@ -228,118 +214,73 @@ class _Run:
                 first = False
             chosen = order[place * optimization.batch_size :][: optimization.batch_size]
             optimization.set_rate(self.optimizer, progress.step, steps)
-            loss = self.one_step(self.batch(indices, labels, chosen), len(chosen))
+            batch = self.samples.share(indices, labels, chosen)
+            loss = take_step(
+                self.method, self.optimizer, batch, len(chosen), accelerator, task=task.index, step=progress.step
+            )
             progress.loss += loss
+            progress.recent_loss += loss
+            progress.recent_steps += 1
             progress.step += 1
-            if place + 1 == epoch_steps:
-                event = {"event": "epoch", "task": task.index, "epoch": epoch, "loss": progress.loss / epoch_steps}
-                self.report(event)
-                progress.loss = 0.0
+            self.tell(task, epoch, place + 1, epoch_steps)
             self.save_if_due()
         accelerator.wait_for_everyone()
 
-    def one_step(self, batch: Batch, rows: int) -> float:
-        """One optimiser step on this process's share of a batch of `rows` samples; the loss over the whole batch."""
-        accelerator, method = self.accelerator, self.method
-        assert self.optimizer is not None
-        self.optimizer.zero_grad()
-        share = len(batch.labels) / rows
-        value = torch.zeros((), device=accelerator.device)
-        if share > 0:
-            with accelerator.autocast():
-                loss = method.loss(batch) * share
-            accelerator.backward(loss)
-            value = loss.detach()
-        if accelerator.num_processes > 1:
-            value = accelerator.reduce(value, "sum")
-            for group in self.optimizer.param_groups:
-                for parameter in group["params"]:
-                    gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                    parameter.grad = accelerator.reduce(gradient, "sum")
-        number = float(value)
-        if not np.isfinite(number):
-            raise complaint(
-                f"the loss of task {self.progress.task} is {number} at step {self.progress.step}",
-                "a finite loss",
-                "Lower the learning rate, or look for NaN in the inputs.",
-            )
-        if self.progress.step == 0:
-            self.check_reached()
-        method.after_backward()
-        self.optimizer.step()
-        method.after_step()
-        return number
+    def tell(self, task: TaskData, epoch: int, place: int, epoch_steps: int) -> None:
+        """What is due after a step, the `place`-th of its epoch: news of it, of its epoch, an evaluation."""
+        progress = self.progress
+        run_step = self.starts[task.index] + progress.step
+        where = {"task": task.index, "epoch": epoch, "run_step": run_step}
+        if self.on_step is not None:
+            mean = progress.loss / place
+            self.on_step(Step(task.index, epoch, run_step, self.starts[-1], mean))
+        if progress.step % self.log_every == 0:
+            self.report({"event": "step", **where, "loss": progress.recent_loss / progress.recent_steps})
+            progress.recent_loss, progress.recent_steps = 0.0, 0
+        if place == epoch_steps:
+            self.report({"event": "epoch", **where, "loss": progress.loss / epoch_steps})
+            progress.loss = 0.0
+        due = self.evaluate_every is not None and progress.step % self.evaluate_every == 0
+        if due and progress.step < self.steps(task.index):
+            self.evaluate_within(task, where)
 
-    def check_reached(self) -> None:
-        """Raise if a trainable parameter has no gradient: it would silently never train."""
-        assert self.optimizer is not None
-        names = {id(parameter): name for name, parameter in self.method.model.named_parameters()}
-        lost = [
-            names.get(id(parameter), "a parameter outside the model")
-            for group in self.optimizer.param_groups
-            for parameter in group["params"]
-            if parameter.grad is None
-        ]
-        if lost:
-            raise complaint(
-                f"the loss does not reach {lost}",
-                "a gradient for every trainable parameter",
-                "Freeze what is not used (requires_grad_(False)), or put it on the path of the loss.",
-            )
+    def evaluate_untrained(self, task: TaskData) -> None:
+        """Before the first task: what a forward transfer is measured against, where it has the outputs of all."""
+        if task.index == 0 and self.method.by_gradient:
+            self.progress.accuracy_before_training = self.evaluator.untrained(task)
+            self.tick("seconds_evaluation")
+
+    def evaluate_within(self, task: TaskData, where: Mapping[str, int]) -> None:
+        self.tick("seconds")
+        row = [scores.accuracy for scores in self.evaluator.so_far(task)]
+        self.progress.evaluations.append(row)
+        self.tick("seconds_evaluation")
+        self.report({"event": "evaluation", **where, "accuracy": row})
 
     def evaluate(self, task: TaskData) -> None:
-        progress, stream = self.progress, self.stream
-        rows = []
-        for earlier in stream.tasks[: task.index + 1]:
-            device, size = self.accelerator.device, self.optimization.batch_size
-            logits = logits_of(self.method, self.read, earlier.test, size, device)
-            rows.append(scores(logits, torch.from_numpy(stream.outputs[earlier.test]), task.seen, earlier.classes))
+        progress, rows = self.progress, self.evaluator.so_far(task)
         progress.accuracy_matrix.append([row.class_incremental for row in rows])
         progress.task_incremental_matrix.append([row.task_incremental for row in rows])
+        progress.per_class_accuracy.append(per_class(rows, len(self.stream.class_order)))
+        progress.calibration_error.append(calibration(rows))
+        if self.evaluate_every is not None:
+            progress.evaluations.append([row.accuracy for row in rows])
+        progress.accuracy_on_next_task.append(self.evaluator.next_task(task))
+        self.tick("seconds_evaluation")
         self.report(
             {
                 "event": "task",
                 "task": task.index,
+                "run_step": self.starts[task.index + 1],
+                "accuracy": [row.accuracy for row in rows],
                 "class_incremental_accuracy": progress.accuracy_matrix[-1],
                 "task_incremental_accuracy": progress.task_incremental_matrix[-1],
+                "per_class_accuracy": progress.per_class_accuracy[-1],
+                "calibration_error": progress.calibration_error[-1],
                 "trainable_parameters": progress.trainable_parameters[-1],
                 "stored_numbers": progress.stored_numbers[-1],
             }
         )
-
-    def samples(self, index: int) -> tuple[Int[np.ndarray, " n"], Int[Tensor, " n"]]:
-        """Places in the source and outputs of the samples that task `index` trains on."""
-        tasks = self.stream.tasks
-        parts = [task.train for task in (tasks[: index + 1] if self.method.joint else tasks[index : index + 1])]
-        indices = np.concatenate(parts)
-        return indices, torch.from_numpy(self.stream.outputs[indices])
-
-    def task_data(self) -> TaskData:
-        index = self.progress.task
-        tasks = self.stream.tasks
-        indices, labels = self.samples(index)
-        leaked = {int(output) for task in tasks[: index + 1] for output in np.unique(self.stream.outputs[task.train])}
-        seen = tuple(sorted(leaked.union(*(task.classes for task in tasks[: index + 1]))))
-        size = self.optimization.batch_size
-
-        def batches() -> Iterator[Batch]:
-            for start in range(0, len(indices), size):
-                places = torch.arange(start, min(start + size, len(indices)))
-                yield self.whole_batch(indices, labels, places)
-
-        return TaskData(index, tasks[index].classes, seen, batches)
-
-    def batch(self, indices: Int[np.ndarray, " n"], labels: Int[Tensor, " n"], chosen: Int[Tensor, " b"]) -> Batch:
-        """This process's share of a batch."""
-        return self.whole_batch(
-            indices, labels, chosen[self.accelerator.process_index :: self.accelerator.num_processes]
-        )
-
-    def whole_batch(
-        self, indices: Int[np.ndarray, " n"], labels: Int[Tensor, " n"], chosen: Int[Tensor, " b"]
-    ) -> Batch:
-        places, device = indices[chosen.numpy()], self.accelerator.device
-        return Batch(self.read(places).to(device), labels[chosen].to(device), torch.from_numpy(places).to(device))
 
     def new_optimizer(self) -> torch.optim.Optimizer:
         built = self.optimization.build(self.method.parameter_groups())
@@ -351,11 +292,12 @@ class _Run:
         if self.accelerator.is_main_process:
             self.on_event(event)
 
-    def tick(self) -> None:
-        """Add the seconds since the last tick to the task at hand."""
-        now = monotonic()
-        self.progress.seconds[-1] += now - self.clock
+    def tick(self, spent_on: Literal["seconds", "seconds_evaluation"]) -> None:
+        """Add the seconds since the last tick to the task at hand, and take note of its peak memory."""
+        now, progress = monotonic(), self.progress
+        getattr(progress, spent_on)[-1] += now - self.clock
         self.clock = now
+        progress.peak_memory[-1] = max(progress.peak_memory[-1], peak_memory(self.accelerator.device))
 
     def save_if_due(self) -> None:
         if self.checkpointing is None:
@@ -365,7 +307,7 @@ class _Run:
         every = self.checkpointing.steps
         due = every is not None and self.progress.step % every == 0
         if due or self.interrupted or monotonic() - self.last_saved > 60 * self.checkpointing.minutes:
-            self.tick()
+            self.tick("seconds")
             self.save()
 
     def save(self) -> None:
@@ -392,7 +334,7 @@ class _Run:
         if found is None:
             return
         _, state = found
-        self.progress = _Progress(**state["progress"])
+        self.progress = Progress(**state["progress"])
         self.method.load_state_dict(state["method"])
         self.method.model.to(self.accelerator.device)
         if state["optimizer"] is not None:
@@ -402,6 +344,12 @@ class _Run:
         if self.accelerator.is_main_process:
             for event in self.progress.events:
                 self.on_event(event)
+
+    def learnt(self) -> Learnt:
+        known = {
+            one.name: getattr(self.progress, one.name) for one in fields(Learnt) if hasattr(self.progress, one.name)
+        }
+        return Learnt(**known, peak_memory_definition=peak_memory_definition(self.accelerator.device))
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
@@ -420,25 +368,3 @@ class _Run:
             yield
         finally:
             signal.signal(signal.SIGINT, before)
-
-
-def trainable_parameters(method: Method) -> int:
-    """Numbers that gradient steps move; 0 for a closed form."""
-    return sum(p.numel() for p in method.model.parameters() if p.requires_grad) if method.by_gradient else 0
-
-
-def stored_numbers(state: Any) -> int:
-    """Numbers in all tensors of a state."""
-    if isinstance(state, Tensor):
-        return state.numel()
-    values = state.values() if isinstance(state, Mapping) else state if isinstance(state, list | tuple) else ()
-    return sum(stored_numbers(value) for value in values)
-
-
-def _reader(stream: Stream) -> Read:
-    inputs = stream.source.inputs
-
-    def read(indices: Int[np.ndarray, " _"]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(inputs[indices]))
-
-    return read

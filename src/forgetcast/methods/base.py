@@ -34,11 +34,14 @@ class Batch:
         inputs: (n, ...) what the backbone takes.
         labels: (n,) outputs of the head.
         indices: (n,) places in the source.
+        rows: samples of the whole batch where processes share it, sample i being with process i mod their number;
+            None where this is the whole.
     """
 
     inputs: Tensor
     labels: Int[Tensor, " n"]
     indices: Int[Tensor, " n"]
+    rows: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +134,7 @@ class Method(ABC):
         protections: what keeps old knowledge, in the order in which their hooks run.
 
     Attributes:
-        by_gradient: whether the loop takes gradient steps; a closed form learns in `begin_task` and `end_task` alone.
+        by_gradient: whether there are gradient steps; a closed form learns in `begin_task` and `end_task` alone.
         joint: whether the loop gives each task the training samples of all tasks so far (upper bound).
     """
 
@@ -152,9 +155,13 @@ class Method(ABC):
         for protection in self.protections:
             protection.begin_task(self.model, task)
 
+    def takes_steps(self, index: int) -> bool:  # noqa: ARG002
+        """Whether the loop takes gradient steps in task `index`."""
+        return self.by_gradient
+
     @abstractmethod
     def loss(self, batch: Batch) -> Tensor:
-        """What is minimised on this batch."""
+        """What is minimised on this batch. All processes call it alike, so it may exchange tensors among them."""
 
     def after_backward(self) -> None:
         """The gradients are there, the step is not."""

@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 
 from forgetcast.checks import require_integer
 from forgetcast.heads.base import UNSEEN
-from forgetcast.methods.base import Batch, Model, State, TaskData
+from forgetcast.methods.base import Batch, Model, State, TaskData, protected_loss
 from forgetcast.methods.sequential import Sequential
 from forgetcast.protect.distill import Distillation
 from forgetcast.protect.memory import Exemplars, batch_of
@@ -54,17 +54,20 @@ class ICaRL(Sequential):
         self.means: Tensor | None = None
 
     def loss(self, batch: Batch) -> Tensor:
-        """The loss of the batch with exemplars drawn beside it."""
+        """The loss of the batch with exemplars drawn beside it, each sample with equal weight.
+
+        As two means and not one, because processes that share the new samples all have the same old ones.
+        """
         if len(self.memory) == 0:
             return super().loss(batch)
         old = batch_of(self.memory.draw(self.count), batch)
-        return super().loss(
-            Batch(
-                torch.cat([batch.inputs, old.inputs]),
-                torch.cat([batch.labels, old.labels]),
-                torch.cat([batch.indices, old.indices]),
-            )
-        )
+        logits = self.model(torch.cat([batch.inputs, old.inputs]))
+        ours, theirs = logits.split([len(batch.labels), len(old.labels)])
+        new = len(batch.labels) if batch.rows is None else batch.rows
+        return (
+            new * protected_loss(self, batch, ours, self.seen, batch.labels)
+            + len(old.labels) * protected_loss(self, old, theirs, self.seen, old.labels)
+        ) / (new + len(old.labels))
 
     def end_task(self, task: TaskData) -> None:
         """Herd the new classes; then the means of all, as the features of the old have changed too."""

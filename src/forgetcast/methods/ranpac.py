@@ -6,12 +6,12 @@ from torch import nn
 
 from forgetcast.heads.projection import RandomProjection
 from forgetcast.heads.ridge import RecursiveRidge
-from forgetcast.methods.streamed import ClosedForm
+from forgetcast.methods.session import FirstSession
 
 PENALTIES = tuple(10.0**power for power in range(-8, 10))
 
 
-class RanPAC(ClosedForm):
+class RanPAC(FirstSession):
     """Random projection with a ReLU, then ridge regression. Any later task may change the penalty in force.
 
     Args:
@@ -20,8 +20,9 @@ class RanPAC(ClosedForm):
         size: random features, 10,000 in the paper; memory is 16 size^2 bytes.
         seed: of the projection.
         penalties: the grid; the choice and its errors are in `head.penalty` and `head.errors`.
+        first_session: whether what trains of the backbone adapts to the first task, as in the paper.
 
-    Source: McDonnell et al., NeurIPS 2023 (arXiv 2307.02251), algorithm 1, without its first-session adaptation.
+    Source: McDonnell et al., NeurIPS 2023 (arXiv 2307.02251), algorithm 1.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class RanPAC(ClosedForm):
         size: int = 2000,
         seed: int = 0,
         penalties: Sequence[float] = PENALTIES,
+        first_session: bool = False,
     ) -> None:
-        projection = RandomProjection(width, size, seed)
-        super().__init__(nn.Sequential(backbone, projection), RecursiveRidge(size, penalty=tuple(penalties)))
+        ridge, projection = RecursiveRidge(size, penalty=tuple(penalties)), RandomProjection(width, size, seed)
+        super().__init__(backbone, width, ridge, projection, first_session=first_session)

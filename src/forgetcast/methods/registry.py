@@ -1,5 +1,6 @@
 """Every method by name. A method is imported when it is asked for."""
 
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
@@ -45,6 +46,17 @@ def method_class(name: str) -> type[Method]:
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise complaint(f"{METHODS[name]} is {found!r}", "a subclass of Method", "Correct METHODS.")
     return found
+
+
+def takes_steps(name: str, options: Mapping[str, Any]) -> bool:
+    """Whether the method of this name, made with these options, takes gradient steps in any task.
+
+    A closed form does so in its first session, where it has one.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    return method_class(name).by_gradient or bool(options.get("first_session", False))
 
 
 def create(name: str, backbone: nn.Module, width: int, **options: Any) -> Method:

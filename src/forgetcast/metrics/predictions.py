@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from forgetcast.checks import complaint, require_integer
@@ -77,9 +77,7 @@ def per_class_drop(before: Mapping[int, float], after: Mapping[int, float]) -> d
 
 
 def expected_calibration_error(logits: Float[Tensor, "n C"], labels: Int[Tensor, " n"], bins: int = 15) -> float:
-    """Gap between confidence and accuracy, averaged over samples.
-
-        sum_m |B_m| / n  | acc(B_m) - conf(B_m) |,      B_m = { i : (m - 1) / bins < max softmax_i <= m / bins }
+    """`calibration_error` of the largest softmax of each sample.
 
     Args:
         logits: of all outputs.
@@ -88,16 +86,39 @@ def expected_calibration_error(logits: Float[Tensor, "n C"], labels: Int[Tensor,
 
     Raises:
         ValueError: no samples, labels that are no outputs, or no bins.
+    """
+    _require_labels(logits, labels)
+    confidence, guess = logits.double().softmax(1).max(1)
+    return calibration_error(confidence, guess == labels, bins)
+
+
+def calibration_error(confidence: Float[Tensor, " n"], right: Bool[Tensor, " n"], bins: int = 15) -> float:
+    """Gap between confidence and accuracy, averaged over samples.
+
+        sum_m |B_m| / n  | acc(B_m) - conf(B_m) |,      B_m = { i : (m - 1) / bins < confidence_i <= m / bins }
+
+    Args:
+        confidence: of each prediction, in [0, 1].
+        right: whether it was right.
+        bins: number of bins of equal width.
+
+    Raises:
+        ValueError: no samples, a confidence outside [0, 1], or no bins.
 
     Source: arXiv 1706.04599, eq. 3, with 15 bins as there.
     """
-    _require_labels(logits, labels)
     require_integer("bins", bins, least=1)
-    confidence, guess = logits.double().softmax(1).max(1)
+    if len(confidence) == 0 or not bool(((confidence >= 0) & (confidence <= 1)).all()):
+        span = "outside [0, 1]" if len(confidence) else "of no samples"
+        raise complaint(
+            f"confidences of shape {tuple(confidence.shape)} {span}",
+            "at least one, all in [0, 1]",
+            "Give the largest softmax of each sample.",
+        )
     place = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    gap = torch.zeros(bins, dtype=torch.float64, device=logits.device)
-    gap.index_add_(0, place, (guess == labels).double() - confidence)
-    return float(gap.abs().sum()) / len(labels)
+    gap = torch.zeros(bins, dtype=torch.float64, device=confidence.device)
+    gap.index_add_(0, place, right.double() - confidence.double())
+    return float(gap.abs().sum()) / len(confidence)
 
 
 def _share(right: Tensor) -> float:

@@ -7,8 +7,7 @@ Exact for one linear layer with squared loss, where G does not depend on the sam
 two weights can move together without a change of the outputs.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +15,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from forgetcast.checks import complaint, require_number
-from forgetcast.heads.linear import Linear
 from forgetcast.methods.base import Batch, Model, Protection, State, TaskData
 from forgetcast.protect.fisher import output_scores, require_fisher
 from forgetcast.protect.importance import require_samples
+from forgetcast.protect.layers import LINEAR, linear_layers, recorded, stacked, with_one
 from forgetcast.protect.parameters import evaluating, leading
 
 
@@ -51,7 +50,7 @@ class KroneckerPenalty(Protection):
         *,
         fisher: str = "exact",
         likelihood: str = "categorical",
-        layers: Sequence[type[nn.Module]] = (nn.Linear, Linear),
+        layers: Sequence[type[nn.Module]] = LINEAR,
         seed: int = 0,
     ) -> None:
         require_number("strength", strength)
@@ -67,10 +66,10 @@ class KroneckerPenalty(Protection):
     def loss(self, model: Model, batch: Batch, logits: Float[Tensor, "n C"]) -> Tensor | None:  # noqa: ARG002
         """The penalty now; none before the first task has ended."""
         terms = []
-        for name, layer in self._linear(model).items():
+        for name, layer in linear_layers(model, self.layers).items():
             if name not in self.anchor:
                 continue
-            weight = _stacked(layer)
+            weight = stacked(layer)
             moved = leading(weight, self.anchor[name].shape) - self.anchor[name].to(weight)
             for factors in self.factors:
                 if name in factors:
@@ -81,7 +80,7 @@ class KroneckerPenalty(Protection):
 
     def end_task(self, model: Model, task: TaskData) -> None:
         """Measure the factors of the task that ends and move the anchor here."""
-        linear = self._linear(model)
+        linear = linear_layers(model, self.layers)
         if not linear:
             raise complaint(
                 f"a model without trainable layers of the types {[layer.__name__ for layer in self.layers]}",
@@ -90,7 +89,7 @@ class KroneckerPenalty(Protection):
             )
         with evaluating(model):
             self.factors.append(self._factors(model, linear, task))
-        self.anchor = {name: _stacked(layer).detach().clone() for name, layer in linear.items()}
+        self.anchor = {name: stacked(layer).detach().clone() for name, layer in linear.items()}
 
     def state_dict(self) -> State:
         """Factors, anchor and the generator of labels."""
@@ -109,20 +108,13 @@ class KroneckerPenalty(Protection):
         self.anchor = dict(state["anchor"])
         self.generator.set_state(state["generator"].cpu())
 
-    def _linear(self, model: Model) -> dict[str, nn.Module]:
-        return {
-            name: module
-            for name, module in model.named_modules()
-            if isinstance(module, self.layers) and _weight(module).requires_grad
-        }
-
     def _factors(self, model: Model, linear: Mapping[str, nn.Module], task: TaskData) -> dict[str, dict[str, Tensor]]:
         A = {name: torch.zeros(()) for name in linear}
         G = {name: torch.zeros(()) for name in linear}
         positions = dict.fromkeys(linear, 0)
         count = 0
         for batch in task.batches():
-            with torch.enable_grad(), _recorded(linear) as uses:
+            with torch.enable_grad(), recorded(linear) as uses:
                 logits = model(batch.inputs)
             scores = output_scores(
                 logits,
@@ -134,7 +126,7 @@ class KroneckerPenalty(Protection):
             )
             for name, layer in linear.items():
                 for inputs, _ in uses[name]:
-                    a = _with_one(layer, inputs.reshape(-1, inputs.shape[-1]))
+                    a = with_one(layer, inputs.reshape(-1, inputs.shape[-1]))
                     A[name] = A[name].to(a) + a.T @ a
                     positions[name] += len(a)
             places = [(name, output) for name in linear for _, output in uses[name]]
@@ -152,46 +144,3 @@ class KroneckerPenalty(Protection):
             for name in linear
             if positions[name]
         }
-
-
-@contextmanager
-def _recorded(linear: Mapping[str, nn.Module]) -> Iterator[dict[str, list[tuple[Tensor, Tensor]]]]:
-    """Inputs and outputs of each layer, for every time it is used inside."""
-    uses: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in linear}
-
-    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            uses[name].append((inputs[0].detach(), output))
-            # an activation that works in place must not reach what is kept
-            return output.clone()
-
-        return hook
-
-    handles = [layer.register_forward_hook(keep(name)) for name, layer in linear.items()]
-    try:
-        yield uses
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _weight(layer: nn.Module) -> Tensor:
-    weight = layer.weight
-    if not isinstance(weight, Tensor):
-        raise complaint(f"a layer {type(layer).__name__} without a weight", "a linear layer", "Correct `layers`.")
-    return weight
-
-
-def _bias(layer: nn.Module) -> Tensor | None:
-    bias = getattr(layer, "bias", None)
-    return bias if isinstance(bias, Tensor) else None
-
-
-def _stacked(layer: nn.Module) -> Tensor:
-    """[W b], (outputs, inputs + 1), or W of a layer without bias."""
-    bias = _bias(layer)
-    return _weight(layer) if bias is None else torch.cat([_weight(layer), bias[:, None]], 1)
-
-
-def _with_one(layer: nn.Module, a: Tensor) -> Tensor:
-    return a if _bias(layer) is None else torch.cat([a, a.new_ones(len(a), 1)], 1)

@@ -2,6 +2,9 @@ r"""Replay of stored samples: with their labels (experience replay), and with th
 
 replay      strength E_memory CE(f(x), y)                                        CE over the outputs seen
 DER         alpha E_memory || f(x) - z ||^2 / C  +  beta E_memory CE(f(x), y)    beta = 0 is DER, else DER++
+
+Processes that share each batch hold the same memory and draw the same samples from it, so that their gradients average
+to that of one process.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from forgetcast.checks import require_integer, require_number
 from forgetcast.methods.base import Batch, Model, Protection, State, TaskData
 from forgetcast.protect.memory import Exemplars, Reservoir, batch_of
+from forgetcast.protect.processes import whole_columns
 
 
 class Replay(Protection):
@@ -106,15 +110,14 @@ class DarkReplay(Protection):
             if self.beta > 0:
                 old = batch_of(self.memory.draw(self.count), batch)
                 total = total + self.beta * seen_cross_entropy(model(old.inputs), old.labels, self.seen)
-        self.memory.add(
-            {
-                "inputs": batch.inputs,
-                "labels": batch.labels,
-                "indices": batch.indices,
-                "logits": logits.detach(),
-                "width": torch.full_like(batch.labels, logits.shape[1]),
-            }
-        )
+        columns = {
+            "inputs": batch.inputs,
+            "labels": batch.labels,
+            "indices": batch.indices,
+            "logits": logits.detach(),
+            "width": torch.full_like(batch.labels, logits.shape[1]),
+        }
+        self.memory.add(whole_columns(batch, columns))
         return total
 
     def state_dict(self) -> State:

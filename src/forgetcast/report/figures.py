@@ -17,6 +17,7 @@ Layers = alt.LayerChart | alt.FacetChart
 
 BEFORE, FORECAST, MEASURED, NEUTRAL = "#9aa5b5", "#e07a1f", "#2f6fde", "#8a94a6"
 WIDTH = 440
+ROOM_FOR_BOTH = 9  # tasks, up to which a cell of the accuracy matrix holds two numbers
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 
 
@@ -132,8 +133,24 @@ def modes(record: Record) -> alt.ConcatChart:
 def accuracy_matrix(record: Record) -> Layers:
     """Accuracy on each task after each task: measured, and below it forecast where there is room for both."""
     measured, forecast = record["accuracy_matrix"]["measured"], record["accuracy_matrix"]["forecast"]
+    title = "Accuracy in %: measured (forecast)" if len(measured) <= ROOM_FOR_BOTH else "Measured accuracy in %"
+    return heat_map(measured, forecast).properties(title=title)
+
+
+def heat_map(measured: Sequence[Sequence[float | None]], forecast: Sequence[Sequence[float | None]] = ()) -> Layers:
+    """Accuracy on each task after each task, with that forecast in small below it where there is one and room for it.
+
+    Args:
+        measured: row t: accuracy on each task after task t, None (or nothing) where there is none.
+        forecast: the same, if any.
+    """
     cells: Rows = [
-        {"after": row, "on": column, "measured": value, "forecast": forecast[row - 1][column - 1]}
+        {
+            "after": row,
+            "on": column,
+            "measured": value,
+            "forecast": forecast[row - 1][column - 1] if forecast else None,
+        }
         for row, values in enumerate(measured, start=1)
         for column, value in enumerate(values, start=1)
         if value is not None
@@ -141,7 +158,7 @@ def accuracy_matrix(record: Record) -> Layers:
     for cell in cells:
         cell["text"] = _percent(cell["measured"])
         cell["small"] = "" if cell["forecast"] is None else f"({_percent(cell['forecast'])})"
-    both = len(measured) <= 9
+    both = len(measured) <= ROOM_FOR_BOTH and len(forecast) > 0
     size = min(13.0, 0.38 * WIDTH / len(measured))
     base = alt.Chart(_table(cells)).encode(
         x=alt.X("on:O", title="accuracy on the classes of task", axis=alt.Axis(labelAngle=0)),
@@ -150,7 +167,7 @@ def accuracy_matrix(record: Record) -> Layers:
             alt.Tooltip("after:O", title="after training task"),
             alt.Tooltip("on:O", title="on the classes of task"),
             alt.Tooltip("measured:Q", format=".2%"),
-            alt.Tooltip("forecast:Q", format=".2%"),
+            *([alt.Tooltip("forecast:Q", format=".2%")] if forecast else []),
         ],
     )
     shade = alt.Scale(domain=[0, 1], range=["#edf3fd", "#1f56b8"])
@@ -158,9 +175,8 @@ def accuracy_matrix(record: Record) -> Layers:
     boxes = base.mark_rect(cornerRadius=3).encode(color=alt.Color("measured:Q", scale=shade, legend=None))
     texts = base.mark_text(fontSize=size, dy=-6 if both else 0).encode(text="text:N", color=ink)
     smalls = [base.mark_text(fontSize=size - 3, dy=8, opacity=0.85).encode(text="small:N", color=ink)] if both else []
-    title = "Accuracy in %: measured (forecast)" if both else "Measured accuracy in %"
     chart = alt.layer(boxes, texts, *smalls)
-    return chart.properties(width=WIDTH, height=max(300, 26 * len(measured)), title=title)
+    return chart.properties(width=WIDTH, height=max(300, 26 * len(measured)))
 
 
 def themed(chart: alt.TopLevelMixin) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import vl_convert
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from forgetcast.checks import complaint
@@ -25,6 +25,9 @@ FORMATS = {
     "cosine": lambda number: f"{number:.4f}",
     "metric": lambda number: f"{number:.4g}",
     "plain": lambda number: f"{number}",
+    "count": lambda number: f"{number:,}",
+    "seconds": lambda number: f"{number:.2f}",
+    "mebibytes": lambda number: f"{number / 2**20:,.0f}",
 }
 
 _SETTINGS = ("seed", "class_order", "split_hash", "weights_hash", "source", "recipe", "versions", "created", "seconds")
@@ -76,8 +79,8 @@ def write_report(record: Mapping[str, Any], folder: Path) -> Path:
     """
     page, picture = render_page(record), figures.picture(record)
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / "report.png", picture)
-    return _replace(folder / "report.html", page.encode())
+    replace_file(folder / "report.png", picture)
+    return replace_file(folder / "report.html", page.encode())
 
 
 def render_page(record: Mapping[str, Any]) -> str:
@@ -87,17 +90,8 @@ def render_page(record: Mapping[str, Any]) -> str:
         ValueError: as for `write_report`.
     """
     check_record(record)
-    environment = Environment(
-        loader=PackageLoader("forgetcast.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals["number"] = number
-    environment.filters["points"] = FORMATS["points"]
     protected = {**record, **record["protected"]} if "protected" in record else None
-    return environment.get_template("report.html.j2").render(
+    return template("report.html.j2").render(
         record=record,
         record_json=script_json(record),
         summary=summarise(record),
@@ -110,6 +104,20 @@ def render_page(record: Mapping[str, Any]) -> str:
         settings=[line for name in _SETTINGS for line in flatten(name, record[name])],
         javascript=_javascript(),
     )
+
+
+def template(name: str) -> Template:
+    """A template of the pages."""
+    environment = Environment(
+        loader=PackageLoader("forgetcast.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals["number"] = number
+    environment.filters["points"] = FORMATS["points"]
+    return environment.get_template(name)
 
 
 def stream_figures(record: Mapping[str, Any], prefix: str = "") -> list[Figure]:
@@ -159,6 +167,14 @@ def check_record(record: Mapping[str, Any]) -> None:
     Raises:
         ValueError: another schema, no task after the first, or a metric without a definition.
     """
+    check_schema(record)
+    if not record["tasks"]:
+        raise complaint("got a record of no task", "at least one task after the first", "Use a stream of more tasks.")
+    check_definitions(record)
+
+
+def check_schema(record: Mapping[str, Any]) -> None:
+    """Raise unless the record has the schema of this version."""
     schema = record.get("schema")
     if schema != SCHEMA:
         raise complaint(
@@ -166,8 +182,10 @@ def check_record(record: Mapping[str, Any]) -> None:
             f"{SCHEMA!r}",
             "Write the record again with this version of forgetcast, or install the version that wrote it.",
         )
-    if not record["tasks"]:
-        raise complaint("got a record of no task", "at least one task after the first", "Use a stream of more tasks.")
+
+
+def check_definitions(record: Mapping[str, Any]) -> None:
+    """Raise unless every metric of the record has a definition."""
     undefined = [name for name in record["metrics"] if name not in record["definitions"]]
     if undefined:
         raise complaint(
@@ -218,7 +236,7 @@ def _javascript() -> Markup:
     return Markup(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=figures.vega_lite_version()))
 
 
-def _replace(path: Path, content: bytes) -> Path:
+def replace_file(path: Path, content: bytes) -> Path:
     """Write `path` through a neighbour, so that no reader ever sees half of it."""
     partial = path.with_name(f".{path.name}.{getpid()}.partial")
     try:

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import numpy as np
 
 from forgetcast.checks import complaint, require_choice, require_integer, require_number
-from forgetcast.metrics.matrix import DEFINITIONS, METRICS
+from forgetcast.metrics.definitions import RUN_DEFINITIONS
+from forgetcast.metrics.matrix import METRICS
 from forgetcast.runs.keys import did_you_mean, flatten
 
 RESAMPLES = 10_000
@@ -31,6 +32,12 @@ DIRECTIONS: dict[str, Better] = {
     "negative_backward_transfer": "lower",
     "libcontinual_forgetting": "lower",
     "libcontinual_backward_transfer": "higher",
+    "continuum_forgetting": "lower",
+    "average_anytime_accuracy": "higher",
+    "forward_transfer": "higher",
+    "expected_calibration_error": "lower",
+    "intransigence": "lower",
+    "forgetting_rate": "higher",
 }
 
 
@@ -94,12 +101,12 @@ def compare(
 ) -> Comparison:
     """Compare two or more recipes over their seeds.
 
-    Records belong to one recipe when they differ in seed and checkpoints alone.
+    Records belong to one recipe when they differ in seed, checkpoints, trackers and expected values alone.
 
     Args:
         records: of finished runs; the order in which recipes first appear is kept.
         metric: a key of their `metrics`.
-        better: whether higher or lower values are; known for the metrics of `forgetcast.metrics.matrix`.
+        better: whether higher or lower values are; known for the metrics of `forgetcast.metrics`.
         confidence: of the intervals.
         resamples: of the bootstrap.
         seed: of the bootstrap.
@@ -129,7 +136,7 @@ def compare(
     labelled = list(zip(_labels(list(recipes.values())), groups.values(), strict=True))
     return Comparison(
         metric,
-        DEFINITIONS.get(metric),
+        RUN_DEFINITIONS.get(metric),
         better,
         confidence,
         tuple(
@@ -208,7 +215,7 @@ def _direction(metric: str) -> Better:
         raise complaint(
             f"of metric={metric!r} it is not known whether more is better",
             "a metric of the accuracy matrix, or better='higher' or 'lower'",
-            did_you_mean(metric, METRICS),
+            did_you_mean(metric, [*METRICS, *DIRECTIONS]),
         )
     return DIRECTIONS[metric]
 
@@ -221,7 +228,7 @@ def _recipe_of(record: Record) -> dict[str, Any]:
             "the record of a finished run, with recipe and seed",
             "Finish that run, or leave it out.",
         )
-    return {key: value for key, value in recipe.items() if key not in ("seed", "checkpoint")}
+    return {key: value for key, value in recipe.items() if key not in ("seed", "checkpoint", "trackers", "expected")}
 
 
 def _value(record: Record, metric: str) -> float:

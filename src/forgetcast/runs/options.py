@@ -23,6 +23,11 @@ def method_options(method: type[Method]) -> dict[str, inspect.Parameter]:
     return {key: value for key, value in parameters.items() if key not in GIVEN_BY_THE_RUN and value.kind in named}
 
 
+def takes_model(name: str) -> bool:
+    """Whether a method takes a whole model; any other takes a backbone and brings its own head."""
+    return "model" in inspect.signature(method_class(name)).parameters
+
+
 def check_options(name: str, options: Mapping[str, Any]) -> None:
     """Hold options against the constructor of a method.
 

@@ -4,140 +4,27 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from inspect import signature
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from forgetcast.checks import complaint
-from forgetcast.methods.registry import method_class
+from forgetcast.methods.registry import takes_steps
+from forgetcast.runs.data import Data
+from forgetcast.runs.expected import Expectation
 from forgetcast.runs.keys import did_you_mean, parse_assignment, parse_yaml
-from forgetcast.runs.options import check_options
+from forgetcast.runs.options import takes_model
+from forgetcast.runs.section import Section
+from forgetcast.runs.sections import PRETRAINED, Checkpoint, MethodChoice, ModelChoice, PreprocessingChoice
+from forgetcast.runs.sections import Training as Training
 
-Share = Annotated[float, Field(ge=0, le=0.9)]
-Count = Annotated[int, Field(ge=1)]
-AtLeastZero = Annotated[float, Field(ge=0)]
-AboveZero = Annotated[float, Field(gt=0)]
-
-
-class Section(BaseModel):
-    """What all sections share: no unknown key, no value of another type, no change afterwards."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-    def refuse_set(self, section: str, keys: Sequence[str], reason: str) -> None:
-        """Raise if one of `keys` differs from its default; `reason` says why nothing reads it."""
-        for key in keys:
-            if getattr(self, key) != type(self).model_fields[key].default:
-                raise complaint(
-                    f"got {section}.{key}={getattr(self, key)!r}",
-                    f"no {key}, because {reason}",
-                    f"Leave {section}.{key} out.",
-                )
-
-
-class Data(Section):
-    """Where samples come from and how they become tasks.
-
-    Attributes:
-        source: name of a source, or path of an `.npz`.
-        scenario: how the source becomes tasks.
-        increment: new classes a task.
-        base: classes of the first task; `increment` by default.
-        test_share: share set aside for testing, where the source makes no split.
-        validation_share: share of the training samples set aside for choosing.
-        class_order: labels in order of appearance; drawn from the seed by default.
-        online: whether every sample is seen once.
-    """
-
-    source: str
-    scenario: Literal["class_incremental", "task_incremental", "domain_incremental"] = "class_incremental"
-    increment: Count | None = None
-    base: Count | None = None
-    test_share: Annotated[float, Field(gt=0, le=0.9)] = 0.2
-    validation_share: Share = 0.0
-    class_order: tuple[int, ...] | None = None
-    online: bool = False
-
-    @model_validator(mode="after")
-    def _possible(self) -> "Data":
-        if self.scenario == "domain_incremental":
-            reason = "domain_incremental has all classes in every task"
-            self.refuse_set("data", ("increment", "base", "class_order"), reason)
-        elif self.increment is None:
-            raise complaint("no data.increment", f"the new classes a task of {self.scenario}", "Add data.increment.")
-        if self.test_share + self.validation_share >= 1:
-            raise complaint(
-                f"got data.test_share={self.test_share} and data.validation_share={self.validation_share}",
-                "a sum below 1",
-                "Lower one of them, so that samples are left to train on.",
-            )
-        order = self.class_order
-        if order is not None and len(set(order)) != len(order):
-            raise complaint(f"got data.class_order={list(order)}", "each label once", "Correct data.class_order.")
-        return self
-
-
-class ModelChoice(Section):
-    """Backbone and head.
-
-    Attributes:
-        backbone: name of a backbone; `identity` takes the inputs as features.
-        head: kind of head.
-        new_rows: how the head's rows of new classes start.
-    """
-
-    backbone: str = "identity"
-    head: Literal["linear", "cosine"] = "linear"
-    new_rows: Literal["fresh", "placed"] = "fresh"
-
-
-class MethodChoice(Section):
-    """A method by its name; every other key is an option of its constructor."""
-
-    model_config = ConfigDict(extra="allow")
-
-    name: str
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What the constructor is given beyond the model and its protections."""
-        return dict(self.model_extra or {})
-
-    @model_validator(mode="after")
-    def _known(self) -> "MethodChoice":
-        check_options(self.name, self.options)
-        return self
-
-
-class Training(Section):
-    """How a method that learns by gradient is trained on each task."""
-
-    optimizer: Literal["sgd", "adamw"] = "adamw"
-    learning_rate: AboveZero = 0.001
-    epochs: Count = 1
-    batch_size: Count = 64
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    weight_decay: AtLeastZero = 0.0
-    schedule: Literal["constant", "cosine"] = "constant"
-
-    @model_validator(mode="after")
-    def _possible(self) -> "Training":
-        if self.optimizer != "sgd":
-            self.refuse_set("training", ("momentum",), f"{self.optimizer} has none to set; it belongs to sgd")
-        return self
-
-
-class Checkpoint(Section):
-    """How often a run is saved, in minutes, and how many saved states are kept."""
-
-    minutes: AboveZero = 10.0
-    keep: Count = 2
+# What says how a run is called, saved and judged, and not what its numbers are.
+NOT_DECIDING = ("name", "checkpoint", "trackers", "expected")
 
 
 class Recipe(Section):
-    """All that decides the numbers of a run.
+    """All that decides the numbers of a run, and what they are expected to be.
 
     Attributes:
         name: what its runs are called; the name of its file by default.
@@ -147,10 +34,28 @@ class Recipe(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     data: Data
     model: ModelChoice = ModelChoice()
+    preprocessing: PreprocessingChoice = PreprocessingChoice()
     method: MethodChoice
     training: Training = Training()
     seed: Annotated[int, Field(ge=0)] = 0
     checkpoint: Checkpoint = Checkpoint()
+    trackers: tuple[str, ...] = ()
+    expected: tuple[Expectation, ...] = ()
+
+    @property
+    def trainable(self) -> str | tuple[str, ...]:
+        """Which parameters of the backbone train: "none", "all", or patterns of names."""
+        if self.model.trainable is not None:
+            return self.model.trainable
+        steps = takes_steps(self.method.name, self.method.options)
+        return "all" if self.model.kind == "mlp" and steps else "none"
+
+    @property
+    def cached(self) -> bool:
+        """Whether features are computed once and kept on disk."""
+        if self.model.cache is not None:
+            return self.model.cache
+        return self.model.kind in PRETRAINED and self.trainable == "none" and not self.preprocessing.augments
 
     @model_validator(mode="after")
     def _possible(self) -> "Recipe":
@@ -160,12 +65,19 @@ class Recipe(Section):
                 "one epoch, because an online stream shows each sample once",
                 "Leave training.epochs out, or data.online.",
             )
-        method = method_class(self.method.name)
-        if method.by_gradient is False:
+        if not takes_steps(self.method.name, self.method.options):
+            closed = f"{self.method.name} is a closed form"
             unread = [key for key in Training.model_fields if key != "batch_size"]
-            self.training.refuse_set("training", unread, f"{self.method.name} is a closed form")
-        if "model" not in signature(method).parameters:
+            self.training.refuse_set("training", unread, closed)
+            self.preprocessing.refuse_set("preprocessing", ("random_crop", "flip"), f"{closed} that reads images once")
+            if self.trainable != "none":
+                self.model.refuse_set("model", ("trainable",), f"{closed} on a frozen backbone")
+        if not takes_model(self.method.name):
             self.model.refuse_set("model", ("head", "new_rows"), f"{self.method.name} brings its own head")
+        if self.cached and self.trainable != "none":
+            self.model.refuse_set("model", ("cache",), "the features change while the backbone trains")
+        if self.cached and self.preprocessing.augments:
+            self.model.refuse_set("model", ("cache",), "random crops and flips make other features in every epoch")
         return self
 
     def dump(self) -> dict[str, Any]:
@@ -174,8 +86,8 @@ class Recipe(Section):
 
     @property
     def hash(self) -> str:
-        """SHA-256 of all that decides the numbers: neither the name nor the checkpoints."""
-        deciding = {key: value for key, value in self.dump().items() if key not in ("name", "checkpoint")}
+        """SHA-256 of all that decides the numbers: not of name, checkpoints, trackers and expected values."""
+        deciding = {key: value for key, value in self.dump().items() if key not in NOT_DECIDING}
         return f"sha256:{hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()}"
 
 
@@ -238,14 +150,24 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
 def _known_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in section.model_fields.items():
         yield f"{prefix}{name}"
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _known_keys(field.annotation, f"{prefix}{name}.")
+        for inner in _sections_in(field.annotation):
+            yield from _known_keys(inner, f"{prefix}{name}.")
+
+
+def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """A section, or those within an optional one or a list of them."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _sections_in(argument)
 
 
 def _refusal(error: ValidationError) -> ValueError:
     """The first problem in the form of the house; an unknown key before what may be missing because of it."""
     problem = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-    key = ".".join(str(part) for part in problem["loc"])
+    # Within a union pydantic names the alternative too; a place in a list is no part of a known key.
+    parts = [str(part) for part in problem["loc"] if not (part in ("int", "str") or "[" in str(part))]
+    key = ".".join(parts)
     given = f"got {key}={problem['input']!r}"
     expected = problem["msg"].removeprefix("Input should be ")
     match problem["type"]:
@@ -254,7 +176,7 @@ def _refusal(error: ValidationError) -> ValueError:
             return own
         case "extra_forbidden":
             known = list(_known_keys(Recipe))
-            section = key.rpartition(".")[0]
+            section = ".".join(part for part in parts[:-1] if not part.isdecimal())
             own_keys = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == section]
             where = f"one of {own_keys}" + (f" in {section}" if section else "")
             return complaint(f"nothing reads the key {key}", where, did_you_mean(key, known))

@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from forgetcast.runs.compare import Comparison
-from forgetcast.runs.store import Run
+from forgetcast.runs.listing import Run
 
 METRICS_SHOWN = ("average_accuracy", "last_accuracy", "first_minus_last")
 _NOTHING = "-"

@@ -1,10 +1,10 @@
-"""Sources by address: one line of text, as a recipe or the command line gives it."""
+"""Sources by kind, place and options, or by address: all of these in one line of text."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Literal
 from urllib.parse import parse_qsl
 
 from forgetcast.checks import complaint, require_choice
@@ -14,20 +14,43 @@ from forgetcast.streams.sources import Source, digits, npz
 
 
 @dataclass(frozen=True)
-class _Reader:
+class Reader:
+    """How sources of one kind are read.
+
+    Attributes:
+        read: called with the place, if there is one, and the options by name.
+        place: what the place is: a "path", a "name", or nothing.
+        required: options that must be given.
+        optional: options that may be given.
+    """
+
     read: Callable[..., Source]
-    place: Callable[[str], Any] = Path
+    place: Literal["path", "name"] | None = "path"
     required: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
 
 
 READERS = {
-    "npz": _Reader(npz),
-    "folder": _Reader(image_folder),
-    "csv": _Reader(partial(table, layout="csv"), required=("text", "label"), optional=("split",)),
-    "jsonl": _Reader(partial(table, layout="jsonl"), required=("text", "label"), optional=("split",)),
-    "hf": _Reader(huggingface, str, required=("input", "label"), optional=("train", "test", "config")),
+    "digits": Reader(digits, None),
+    "npz": Reader(npz),
+    "folder": Reader(image_folder),
+    "csv": Reader(partial(table, layout="csv"), required=("text", "label"), optional=("split",)),
+    "jsonl": Reader(partial(table, layout="jsonl"), required=("text", "label"), optional=("split",)),
+    "hf": Reader(huggingface, "name", required=("input", "label"), optional=("train", "test", "config")),
 }
+
+
+def read_source(kind: str, place: str | None, options: Mapping[str, str | None]) -> Source:
+    """A source of one of the kinds in `READERS`.
+
+    Raises:
+        ValueError: an unknown kind, or what the source itself complains about.
+    """
+    require_choice("source", kind, READERS)
+    reader = READERS[kind]
+    if place is None:
+        return reader.read(**options)
+    return reader.read(Path(place) if reader.place == "path" else place, **options)
 
 
 def source_from(address: str) -> Source:
@@ -41,12 +64,22 @@ def source_from(address: str) -> Source:
     Raises:
         ValueError: an unknown kind of address, a missing or unknown option, or what the source itself complains about.
     """
-    if address == "digits":
-        return digits()
+    return read_source(*parse_address(address))
+
+
+def parse_address(address: str) -> tuple[str, str | None, dict[str, str | None]]:
+    """Kind, place and options of an address.
+
+    Raises:
+        ValueError: an unknown kind of address, a missing or unknown option.
+    """
     kind, colon, rest = address.partition(":")
-    if not colon or kind not in READERS:
-        require_choice("source", kind if colon else address, ["digits", *(f"{known}:" for known in READERS)])
+    if kind not in READERS or (READERS[kind].place is None) == bool(colon):
+        kinds = [name if reader.place is None else f"{name}:" for name, reader in READERS.items()]
+        require_choice("source", f"{kind}:" if colon else address, kinds)
     reader = READERS[kind]
+    if reader.place is None:
+        return kind, None, {}
     place, _, query = rest.partition("?")
     options = {name: value or None for name, value in parse_qsl(query, keep_blank_values=True)}
     known = reader.required + reader.optional
@@ -58,4 +91,4 @@ def source_from(address: str) -> Source:
             f"{kind}:PLACE" + ("?" + "&".join(f"{name}=..." for name in reader.required) if reader.required else ""),
             f"Unknown options: {wrong}; missing: {missing}; known: {list(known)}.",
         )
-    return reader.read(reader.place(place), **options)
+    return kind, place, options

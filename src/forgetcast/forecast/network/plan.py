@@ -1,0 +1,106 @@
+"""How a budget is spent: readings of the old samples, a look at the new ones, and anchors along the training."""
+
+from dataclasses import dataclass
+
+from forgetcast.checks import complaint
+
+FORWARD = 0.47
+"""A forward pass in units of one forward and one backward pass, where frozen weights take no gradient."""
+ANCHOR_ROWS = 32
+LOOK_SHARE = 0.3
+HALF_OLD = 128
+"""Old samples on which the check from half of the new samples is read."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A plan for an anchored forecast, in units of one forward and backward pass of one sample.
+
+    Attributes:
+        run: what the training itself costs: steps x batch size.
+        anchors: (step, samples) of each anchor.
+        looked: new samples of which only the loss is read, to draw hard ones more often.
+        readings: steps after which the old samples are read.
+        checks: samples an anchor that are read again to test the one before it.
+        cost: of all that.
+        exact: whether every step has its own batch as anchor: the run itself.
+    """
+
+    run: int
+    anchors: tuple[tuple[int, int], ...]
+    looked: int
+    readings: tuple[int, ...]
+    checks: int
+    cost: float
+    exact: bool
+
+    @property
+    def share(self) -> float:
+        """Cost relative to the training."""
+        return self.cost / self.run if self.run else 0.0
+
+
+def plan_anchors(
+    *,
+    steps: int,
+    batch: int,
+    new: int,
+    old: int,
+    budget: float,
+    readings: int = 3,
+    look: bool,
+    half: bool = True,
+    anchor_rows: int = ANCHOR_ROWS,
+) -> Budget:
+    """Spend `budget` of the cost of a run of `steps` batches.
+
+    A look at the losses of all new samples gets at most a third of the budget, old readings what they cost, anchors the
+    rest: evenly, every few steps, with `anchor_rows` samples each and twice as many at the start.
+
+    Args:
+        steps: of the run.
+        batch: samples a step.
+        new: new samples to draw from.
+        old: old samples to read.
+        budget: share of the run's cost; 1 or more replays the run itself.
+        readings: how often old samples are read along the path, at most; fewer where they would take half the budget.
+        look: whether the losses of the new samples are worth reading.
+        half: whether one more reading goes to the check from half of the samples.
+        anchor_rows: samples an anchor.
+
+    Raises:
+        ValueError: a budget that does not even pay for one reading and one anchor.
+    """
+    run = steps * batch
+    if steps == 0:
+        return Budget(0, (), 0, (0,), 0, 0.0, exact=True)
+    if budget >= 1:
+        at = reading_steps(steps, readings)
+        return Budget(run, tuple((k, batch) for k in range(steps)), 0, at, 0, run + FORWARD * old * len(at), exact=True)
+    units = budget * run
+    reading = FORWARD * old
+    extra = FORWARD * min(old, HALF_OLD) if half else 0.0
+    count = max((k for k in range(1, readings + 1) if k * reading + extra <= units / 3), default=1)
+    left = units - count * reading - extra
+    looked = min(new, int(LOOK_SHARE * units / FORWARD)) if look else 0
+    left -= FORWARD * looked
+    if left < 4:
+        raise complaint(
+            f"budget={budget:g} of a run of {steps} steps x {batch} samples, with {old} old samples to read",
+            f"at least {(reading + extra + FORWARD * looked + 4) / run:.3g}",
+            "Raise budget, or give fewer old samples.",
+        )
+    rows = min(anchor_rows, new, max(4, int(left / 3)))
+    checks = max(1, rows // 8)
+    number = max(1, int((left - rows) / (rows + FORWARD * checks)))
+    number = min(number, steps)
+    first = min(2 * rows, new, int(left) - (number - 1) * rows) if number > 1 else min(int(left), new)
+    places = sorted({round(k * steps / number) for k in range(number)})
+    anchors = tuple((step, rows if step else max(first, 1)) for step in places)
+    cost = extra + sum(n for _, n in anchors) + FORWARD * (looked + count * old + checks * (len(anchors) - 1))
+    return Budget(run, anchors, looked, reading_steps(steps, count), checks, cost, exact=False)
+
+
+def reading_steps(steps: int, count: int) -> tuple[int, ...]:
+    """The end, and `count - 1` steps before it, each a third of the next."""
+    return tuple(sorted({max(1, round(steps / 3**k)) for k in range(count)}))

@@ -1,0 +1,90 @@
+r"""Optimisers along their expected path: what a step does on average over minibatches, noise included.
+
+A minibatch gradient has the mean g and the variance s / b. Plain SGD follows g. Adam divides by the root of the second
+moment of what it sees,
+
+    E[g_b^2] = g^2 + s / b        (for each parameter; b the batch size of the run)
+
+so a forecast that knows the spread s of per-sample gradients can follow the run's expected path without its noise. With
+n samples at hand, mean^2 is too large by s / n, which is taken off.
+
+Where n = b and every sample is the run's own, the correction vanishes and these are `torch.optim.SGD` and `AdamW`.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from forgetcast.forecast.network.surrogate import Slope
+from forgetcast.forecast.training import SGD, AdamW, GradientDescent, rate_at
+
+STRIDE = 1.5
+"""Largest step of a parameter in units of the learning rate, where its noise is guessed from fewer samples than b."""
+
+
+@dataclass
+class ExpectedStep:
+    """The state of one parameter tensor under the expected path of an optimiser.
+
+    Attributes:
+        training: what is forecast.
+        start: the parameters at the start, for the drift penalty.
+        batch: b, samples in a batch of the run.
+    """
+
+    training: SGD | AdamW | GradientDescent
+    start: Tensor
+    batch: float
+    count: int = 0
+    first: Tensor = field(init=False)
+    second: Tensor = field(init=False)
+    noise: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.first = torch.zeros_like(self.start)
+        self.second = torch.zeros_like(self.start)
+        self.noise = torch.zeros_like(self.start)
+
+    def step(self, value: Tensor, slope: Slope | None, samples: float) -> None:
+        """Move `value` by one step of the run.
+
+        Args:
+            value: the parameters, changed in place.
+            slope: mean and mean square of per-sample gradients.
+            samples: n, the effective number of samples behind the slope.
+        """
+        training = self.training
+        scale = 1.0 if training.reduction == "mean" else self.batch
+        mean = (slope.mean if slope is not None else torch.zeros_like(value)).view_as(value) * scale
+        gradient = mean + training.drift_penalty * (value - self.start)
+        rate = rate_at(training.learning_rate, self.count)
+        self.count += 1
+        if not isinstance(training, AdamW):
+            self._descend(value, gradient + training.weight_decay * value, rate)
+            return
+        value.mul_(1 - rate * training.weight_decay)
+        beta1, beta2 = training.betas
+        self.first.lerp_(gradient, 1 - beta1)
+        exact = samples == self.batch or slope is None
+        seen = gradient.square()
+        if not exact and slope is not None:
+            spread = (slope.second.view_as(value) * scale**2 - mean.square()).clamp_min_(0)
+            spread *= samples / max(samples - 1, 0.5)
+            seen += spread * (1 / self.batch - 1 / samples)
+            self.noise.mul_(beta2).add_(spread, alpha=(1 - beta2) / self.batch)
+        self.second.mul_(beta2).add_(seen, alpha=1 - beta2)
+        unbiased = torch.maximum(self.second, self.noise) / (1 - beta2**self.count)
+        stride = self.first / (1 - beta1**self.count) / unbiased.sqrt_().add_(training.epsilon)
+        value.sub_(stride if exact else stride.clamp_(-STRIDE, STRIDE), alpha=rate)
+
+    def _descend(self, value: Tensor, gradient: Tensor, rate: float) -> None:
+        training = self.training
+        assert not isinstance(training, AdamW)
+        if training.momentum:
+            if self.count == 1:
+                self.first.copy_(gradient)
+            else:
+                self.first.mul_(training.momentum).add_(gradient)
+            gradient = gradient.add(self.first, alpha=training.momentum) if training.nesterov else self.first
+        value.sub_(gradient, alpha=rate)

@@ -1,0 +1,55 @@
+r"""How far a forecast is to be trusted, from what it measured of itself."""
+
+from dataclasses import dataclass
+from math import sqrt
+
+TRUSTED_COSINE = 0.8
+
+
+@dataclass(frozen=True)
+class Trust:
+    r"""A forecast's own check.
+
+        expected cosine = 1 / sqrt(1 + sampling_error^2 + surrogate_error^2)
+
+    Attributes:
+        sampling_error: `||half - whole|| / ||whole||` of the old drift predicted from half of the new samples that the
+            forecast read, and from all of them: the standard error that comes from reading few. None if not measured.
+        surrogate_error: `||predicted - actual|| / ||actual||` of the features' motion from one anchor to the next,
+            along the surrogate's directions, on samples read again. None if there is one anchor only, or an exact path.
+        blind: mean share of the loss's gradient at the features that the surrogate could not see.
+        degenerate: the new rows of the head are equal, so that the body has no tangent at the start.
+        exact: the forecast is the training itself, or that of a linear head.
+    """
+
+    sampling_error: float | None
+    surrogate_error: float | None
+    blind: float
+    degenerate: bool
+    exact: bool = False
+
+    @property
+    def expected_cosine(self) -> float | None:
+        """Cosine to the measured drift that the forecast expects of itself; None if nothing was measured."""
+        if self.exact:
+            return 1.0
+        known = [error for error in (self.sampling_error, self.surrogate_error) if error is not None]
+        return 1 / sqrt(1 + sum(error**2 for error in known)) if known else None
+
+    @property
+    def trusted(self) -> bool:
+        """Whether the expected cosine is at least 0.8; a forecast that could not check itself is not trusted."""
+        return self.expected_cosine is not None and self.expected_cosine >= TRUSTED_COSINE
+
+    @property
+    def reason(self) -> str:
+        """Why, in words."""
+        if self.exact:
+            return "exact"
+        if self.expected_cosine is None:
+            return "nothing to check it by: raise the budget"
+        parts = {"few samples read": self.sampling_error, "anchors too far apart": self.surrogate_error}
+        worst = max((name for name, value in parts.items() if value is not None), key=lambda name: parts[name] or 0)
+        verdict = "to be trusted" if self.trusted else f"not to be trusted ({worst}: raise the budget"
+        remedy = "" if self.trusted else (", or place the head first)" if self.degenerate else ")")
+        return f"expected cosine {self.expected_cosine:.2f}, {verdict}{remedy}"

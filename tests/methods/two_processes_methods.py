@@ -1,0 +1,49 @@
+"""Methods by name in one of two gloo processes; each writes what its methods end with."""
+
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from small import stream
+from torch import Tensor, nn
+
+from forgetcast.learn.loop import learn
+from forgetcast.learn.optimizer import Optimization
+from forgetcast.methods.base import Method
+from forgetcast.methods.registry import create
+
+# the second task has 96 samples: the last batch of an epoch has one, so that one process has none of its own
+OPTIMIZATION = Optimization(optimizer="sgd", learning_rate=0.05, momentum=0.9, epochs=2, batch_size=19)
+OPTIONS = {
+    "slca": {"samples": 32, "epochs": 2, "backbone_rate": 1e-2},
+    "ranpac": {"size": 100},
+    "replay": {"capacity": 40, "count": 8},
+    "der": {"capacity": 60, "count": 8},
+    "der++": {"capacity": 60, "count": 8},
+    "icarl": {"capacity": 30, "count": 8},
+    "ewc": {"strength": 1.0},
+    "kronecker_ewc": {"strength": 1.0},
+}
+
+
+def trained(name: str, accelerator: Accelerator | None = None) -> Method:
+    torch.manual_seed(5)
+    method = create(name, nn.Sequential(nn.Linear(64, 20), nn.Tanh()), 20, **OPTIONS.get(name, {}))
+    learn(method, stream(), OPTIMIZATION, seed=3, accelerator=accelerator)
+    return method
+
+
+def tensors(state, path: str = "") -> dict[str, Tensor]:
+    if isinstance(state, Tensor):
+        return {path: state}
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list | tuple) else ()
+    return {key: value for name, own in items for key, value in tensors(own, f"{path}/{name}").items()}
+
+
+if __name__ == "__main__":
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+    ends = {name: tensors(trained(name, accelerator).state_dict()) for name in sys.argv[2:]}
+    torch.save(ends, Path(sys.argv[1]) / f"{accelerator.process_index}.pt")
+    accelerator.end_training()
