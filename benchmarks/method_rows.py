@@ -16,7 +16,7 @@ from forgetcast.streams.splits import split
 
 PER_CLASS = 100
 WIDE = 2000
-RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 CEILING_RATES, CEILING_DROPOUTS = (3e-4, 1e-3, 3e-3), (0.0, 0.5)
 OPTIONS: dict[str, dict[str, Any]] = {name: {"capacity": 500} for name in ("replay", "der", "der++", "icarl")}
 
@@ -33,8 +33,8 @@ class Row:
         options: of the method.
         placed: whether new rows of the head are fitted on frozen features before the rest trains.
         whole_head: whether the head has the outputs of all tasks from the start.
-        ceiling: whether it is the joint upper bound: from scratch at every stage, to convergence, with a hidden layer of
-            `WIDE` units more.
+        ceiling: whether it is the joint upper bound: from scratch at every stage, to convergence, and with a hidden
+            layer of `WIDE` units more.
         tuned_with: the label of the row whose choice it takes over; its own by default.
     """
 
@@ -149,9 +149,7 @@ def rows(setting: Setting) -> list[Row]:
     """Every method, every gradient method with placed rows too, and what the reading asks for."""
     plain = [Row(name, name, OPTIONS.get(name, {})) for name in METHODS]
     placed = [
-        replace(row, label=f"{row.label}, placed rows", placed=True, tuned_with=row.label)
-        for row in plain
-        if setting.candidates(row) != [{}]
+        replace(row, label=f"{row.label}, placed rows", placed=True) for row in plain if setting.candidates(row) != [{}]
     ]
     session = {"first_session": True}
     sessions = [

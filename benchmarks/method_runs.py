@@ -2,6 +2,7 @@
 
 import json
 import re
+from base64 import b64encode
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from time import process_time
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks.method_rows import Choice, Row, Setting
 from forgetcast.learn.cost import stored_numbers
@@ -19,6 +21,7 @@ from forgetcast.learn.seeding import seed_everything
 from forgetcast.methods.base import Method
 from forgetcast.methods.registry import create
 from forgetcast.metrics.matrix import all_metrics
+from forgetcast.protect.parameters import evaluating
 from forgetcast.protect.placement import Placement
 from forgetcast.streams.stream import Stream, Task
 
@@ -76,6 +79,7 @@ def trained(setting: Setting, row: Row, choice: Choice, stream: Stream) -> dict[
         "metrics": all_metrics(matrix),
         "task_incremental_last_accuracy": None if row.ceiling else fmean(done.task_incremental_matrix[-1]),
         "accuracy_matrix": matrix,
+        "right": _right(setting, method, stream),
         "stored_numbers": stored_numbers(method.state_dict()),
         "trainable_parameters": done.trainable_parameters[0 if row.options.get("first_session") else -1],
         "seconds": process_time() - started,
@@ -108,6 +112,15 @@ def _stages(stream: Stream) -> list[Stream]:
         train, test = (np.concatenate([getattr(task, name) for task in parts]) for name in ("train", "test"))
         stages.append(replace(stream, tasks=(Task(classes, train, test),)))
     return stages
+
+
+def _right(setting: Setting, method: Method, stream: Stream) -> str:
+    """Which test samples of the source are answered right after the last task: bits in base64."""
+    test = np.sort(np.concatenate([task.test for task in stream.tasks]))
+    inputs = torch.from_numpy(setting.source.inputs[test])
+    with torch.no_grad(), evaluating(method.model):
+        answers = torch.cat([method.predict(part).argmax(1) for part in inputs.split(256)])
+    return b64encode(np.packbits(answers.numpy() == stream.outputs[test]).tobytes()).decode()
 
 
 def _by_task(stream: Stream, count: int, done: Learnt) -> list[float]:

@@ -15,7 +15,8 @@ import torch
 from benchmarks import method_checks
 from benchmarks.machine import RESULTS, floor
 from benchmarks.method_page import page
-from benchmarks.method_rows import Choice, Row, Setting, rows, settings
+from benchmarks.method_reading import reading
+from benchmarks.method_rows import WIDE, Choice, Row, Setting, rows, settings
 from benchmarks.method_runs import Store, Table, identity_of, last_accuracy, trained
 from forgetcast.streams.scenarios import class_incremental
 from forgetcast.streams.stream import Stream
@@ -35,14 +36,16 @@ def run(store: Store, data: Path | None, wanted: Sequence[str], *, fresh: bool) 
         fresh: whether what has been measured for them is thrown away first.
     """
     store.all = {"tables": {}, **({} if fresh and not wanted else store.all)}
-    store.all |= {"machine": floor(), "seeds": list(SEEDS), "tuning_seed": TUNING_SEED}
+    store.all |= {"machine": floor(), "seeds": list(SEEDS), "tuning_seed": TUNING_SEED, "wide": WIDE}
     for setting in settings(data):
         table = store.all["tables"].setdefault(setting.name, {})
         table |= {"title": setting.title, "source": setting.source.hash, "optimization": asdict(setting.optimization)}
+        table["test_samples"] = len(setting.source.test)
         table |= {name: table.get(name, {}) for name in ("rows", "tuning", "checks")}
         known = {row.label: row for row in rows(setting)}
         if not wanted:  # rows of an earlier table that this one does not have
-            table["rows"] = {label: entry for label, entry in table["rows"].items() if label in known}
+            for part in ("rows", "tuning"):
+                table[part] = {label: entry for label, entry in table[part].items() if entry and label in known}
         for label, row in known.items():
             if wanted and label not in wanted and row.method not in wanted:
                 continue
@@ -76,16 +79,18 @@ def validation(setting: Setting) -> Stream:
 
 def chosen(store: Store, table: Table, setting: Setting, row: Row) -> Choice:
     """Of the row's candidates the one with the highest last accuracy on the validation stream."""
+    candidates = {", ".join(f"{key} {value:g}" for key, value in one.items()): one for one in setting.candidates(row)}
+    if len(candidates) == 1:
+        return next(iter(candidates.values()))
     stream, tried = validation(setting), table["tuning"].setdefault(row.label, {})
+    for name, choice in candidates.items():
 
-    def last(choice: Choice) -> float:
-        identity = identity_of(setting, row, choice, stream)
-        name = ", ".join(f"{key} {value:g}" for key, value in choice.items())
-        kept = store.kept(tried, name, identity, lambda: {"last_accuracy": last_accuracy(setting, row, choice, stream)})
-        return float(kept["last_accuracy"])
+        def work(choice: Choice = choice) -> Table:
+            return {"last_accuracy": last_accuracy(setting, row, choice, stream)}
 
-    candidates = setting.candidates(row)
-    return candidates[0] if len(candidates) == 1 else max(candidates, key=last)
+        store.kept(tried, name, identity_of(setting, row, choice, stream), work)
+    table["tuning"][row.label] = {name: tried[name] for name in candidates}
+    return candidates[max(candidates, key=lambda name: tried[name]["last_accuracy"])]
 
 
 def check(store: Store, table: Table, setting: Setting, known: dict[str, Row]) -> None:
@@ -109,4 +114,4 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     measurements = Store(RESULTS / "method_table.json")
     run(measurements, arguments.data, arguments.rows, fresh=arguments.fresh)
-    DOCS.write_text(page(measurements.all))
+    DOCS.write_text(page(measurements.all, reading))

@@ -3,6 +3,11 @@ from .forecast.linear import Trajectory as Trajectory
 from .forecast.linear import forecast_linear as forecast_linear
 from .forecast.moments import MomentForecast as MomentForecast
 from .forecast.moments import forecast_moments as forecast_moments
+from .forecast.network.entry import forecast as forecast
+from .forecast.network.placed import place_rows as place_rows
+from .forecast.network.result import Frontier as Frontier
+from .forecast.network.result import NetworkForecast as NetworkForecast
+from .forecast.network.trust import Trust as Trust
 from .forecast.order import OrderForecast as OrderForecast
 from .forecast.order import best_order as best_order
 from .forecast.penalty import QuadraticPenalty as QuadraticPenalty

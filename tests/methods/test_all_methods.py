@@ -112,7 +112,7 @@ def test_resumed_run_is_the_whole_run(name, tmp_path):
     whole, matrix = trained(name)
     stops = [0, 0]
 
-    checkpointing = Checkpointing(tmp_path, steps=2)
+    checkpointing = Checkpointing(tmp_path, steps=5)
     for task in (0, 1):
 
         def stop(event, task=task) -> None:  # in the middle of a task, or at its end, before it is saved

@@ -378,6 +378,14 @@ def samples_on_the_second_axis() -> Animal:
 
 
 @keeper
+def as_many_tokens_as_samples_surveyed() -> Animal:
+    def forward(self, x):
+        return self.head(torch.tanh(self.layer(x.transpose(0, 1))).transpose(0, 1).mean(1))
+
+    return Animal(Function(forward, layer=nn.Linear(5, 6), head=nn.Linear(6, 3)), randn(2, 5))
+
+
+@keeper
 def tokens_flattened_into_samples() -> Animal:
     def forward(self, x):
         n, tokens, width = x.shape

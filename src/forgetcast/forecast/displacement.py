@@ -15,7 +15,7 @@ from torch import Tensor
 
 from forgetcast.checks import complaint
 from forgetcast.forecast.simulate import batches, loss_error, run_training
-from forgetcast.forecast.training import ClosedForm, GradientDescent, Minibatch, data_curvature, sgd
+from forgetcast.forecast.training import ClosedForm, GradientDescent, Minibatch, clip_gradients, data_curvature, sgd
 from forgetcast.tangent.krylov import Filter, KrylovSpace, krylov_space
 from forgetcast.tangent.leading import leading_modes
 from forgetcast.tangent.products import Tangent, TangentMatrix
@@ -204,6 +204,7 @@ def simulated_displacement(
         moving.grad = part.transpose(u)
         if training.drift_penalty:
             moving.grad.add_(moving - start, alpha=training.drift_penalty)
+        clip_gradients(training, [moving])
 
     rising = sorted(set(steps))
     deltas = run_training(training, optimizer, set_gradient, rising, lambda: (moving - start)[:, None])

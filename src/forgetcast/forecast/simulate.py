@@ -20,7 +20,15 @@ from torch.utils.data import RandomSampler
 from forgetcast.checks import complaint
 from forgetcast.forecast.path import WeightPath, check_seen
 from forgetcast.forecast.penalty import QuadraticPenalty
-from forgetcast.forecast.training import GradientDescent, Minibatch, Training, data_curvature, rate_at, sgd
+from forgetcast.forecast.training import (
+    GradientDescent,
+    Minibatch,
+    Training,
+    clip_gradients,
+    data_curvature,
+    rate_at,
+    sgd,
+)
 from forgetcast.tangent.features import Features, check_targets
 from forgetcast.tangent.linear_head import with_bias
 from forgetcast.tangent.spectrum import Spectrum, spectrum_of
@@ -200,6 +208,7 @@ def _primal(
             gradient.add_(moving - start, alpha=training.drift_penalty)
         if penalty is not None:
             gradient += penalty.gradient(moving.T).T
+        clip_gradients(training, [moving])
 
     return run_training(training, optimizer, set_gradient, steps, lambda: (moving - start).T.double().contiguous())
 

@@ -10,7 +10,7 @@ Conventions, everywhere in this package:
 * `classes` are the outputs that the loss sees (all by default); the others feel decay and penalties only.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from math import log
 from typing import Any, ClassVar, Literal
@@ -243,6 +243,8 @@ class SGD:
         loss: "squared" or "cross_entropy".
         reduction: "mean" or "sum", within a batch.
         nesterov: Nesterov's form of the momentum.
+        max_gradient_norm: gradients are scaled down to this norm over all parameters, as
+            `torch.nn.utils.clip_grad_norm_` does; None for never.
         seed: of the sample order.
         order: sample indices of every step, instead of `batch_size` and `seed`.
         classes: outputs that the loss sees; None for all.
@@ -259,6 +261,7 @@ class SGD:
     loss: Loss = "cross_entropy"
     reduction: Reduction = "mean"
     nesterov: bool = False
+    max_gradient_norm: float | None = None
     seed: int = 0
     order: Sequence[Sequence[int]] | None = None
     classes: tuple[int, ...] | None = None
@@ -287,6 +290,8 @@ class AdamW:
         drift_penalty: pull toward the weights at the start, part of the gradient.
         loss: "squared" or "cross_entropy".
         reduction: "mean" or "sum", within a batch.
+        max_gradient_norm: gradients are scaled down to this norm over all parameters, as
+            `torch.nn.utils.clip_grad_norm_` does; None for never.
         seed: of the sample order (see `SGD`).
         order: sample indices of every step, instead of `batch_size` and `seed`.
         classes: outputs that the loss sees; None for all.
@@ -303,6 +308,7 @@ class AdamW:
     drift_penalty: float = 0.0
     loss: Loss = "cross_entropy"
     reduction: Reduction = "mean"
+    max_gradient_norm: float | None = None
     seed: int = 0
     order: Sequence[Sequence[int]] | None = None
     classes: tuple[int, ...] | None = None
@@ -374,6 +380,18 @@ def rate_at(learning_rate: LearningRate, step: int) -> float:
     return float(learning_rate[step]) if len(learning_rate) else 0.0
 
 
+def clip_gradients(training: Training, parameters: Iterable[Tensor]) -> None:
+    """Scale gradients down to the training's largest norm, if it has one."""
+    if isinstance(training, SGD | AdamW) and training.max_gradient_norm is not None:
+        torch.nn.utils.clip_grad_norm_(parameters, training.max_gradient_norm)
+
+
+def clip_factor(training: Training, norm: float) -> float:
+    """What `clip_gradients` multiplies gradients of this norm by."""
+    limit = training.max_gradient_norm if isinstance(training, SGD | AdamW) else None
+    return 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
+
+
 def check_rates(learning_rate: LearningRate, steps: int) -> None:
     """Raise unless the learning rate, or every one of exactly `steps`, is a positive number."""
     require_integer("steps", steps)
@@ -405,6 +423,8 @@ def check_minibatch(training: Minibatch) -> None:
     """Checks of batch size, seed and order."""
     require_integer("batch_size", training.batch_size, least=1)
     require_integer("seed", training.seed)
+    if training.max_gradient_norm is not None:
+        require_number("max_gradient_norm", training.max_gradient_norm, strict=True)
     if training.order is not None and len(training.order) != training.steps:
         raise complaint(
             f"got an order of {len(training.order)} batches for {training.steps} steps",

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,21 +92,32 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("[0-9]" * 9) if path.is_dir())
 
 
-def load_checkpoint(folder: Path, *, owner: str) -> tuple[int, dict[str, Any]] | None:
-    """The newest checkpoint that is whole: its number and state. None where there is none at all.
+def load_checkpoint(
+    folder: Path, *, owner: str | None, wanted: Callable[[Mapping[str, Any]], bool] = lambda _: True
+) -> tuple[int, dict[str, Any]] | None:
+    """The newest checkpoint that is whole and wanted: its number and state. None where there is none.
 
     A damaged one is passed over with a warning.
+
+    Args:
+        folder: holds the checkpoints of one run.
+        owner: what they belong to; None takes those of anyone, to be looked at and not gone on with.
+        wanted: whether a state will do.
 
     Raises:
         ValueError: a checkpoint of another owner; only damaged ones.
     """
-    found = checkpoints(folder)
+    found, whole = checkpoints(folder), 0
     for path in reversed(found):
         try:
-            return _read(path, owner)
+            number, state = _read(path, owner)
         except _DamagedError as error:
             warnings.warn(f"{path} is damaged ({error}): the checkpoint before it is taken instead", stacklevel=2)
-    if found:
+            continue
+        if wanted(state):
+            return number, state
+        whole += 1
+    if found and not whole:
         raise complaint(
             f"all {len(found)} checkpoints in {folder} are damaged",
             "at least one whole checkpoint",
@@ -119,7 +130,7 @@ class _DamagedError(Exception):
     pass
 
 
-def _read(path: Path, owner: str) -> tuple[int, dict[str, Any]]:
+def _read(path: Path, owner: str | None) -> tuple[int, dict[str, Any]]:
     try:
         seal, listing = (path / MANIFEST).read_bytes().split(b"\n", 1)
         if hashlib.sha256(listing).hexdigest().encode() != seal:
@@ -131,10 +142,10 @@ def _read(path: Path, owner: str) -> tuple[int, dict[str, Any]]:
         theirs, number = manifest["owner"], int(manifest["number"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _DamagedError(f"{type(error).__name__}: {error}") from error
-    if not known or theirs != owner:
+    if not known or owner not in (None, theirs):
         raise complaint(
             f"{path} belongs to {theirs} ({manifest['schema']})",
-            f"a checkpoint of {owner} ({SCHEMA})",
+            f"a checkpoint of {owner or 'any run'} ({SCHEMA})",
             "Give another folder, or run the recipe that it belongs to.",
         )
     for name, content in files.items():

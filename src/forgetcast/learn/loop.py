@@ -21,13 +21,13 @@ from accelerate import Accelerator
 
 from forgetcast.checks import complaint, require_integer
 from forgetcast.learn.checkpoint import Checkpointing as Checkpointing
-from forgetcast.learn.checkpoint import load_checkpoint, save_checkpoint
+from forgetcast.learn.checkpoint import save_checkpoint
 from forgetcast.learn.cost import peak_memory, peak_memory_definition, start_peak_memory, trainable_parameters
 from forgetcast.learn.cost import stored_numbers as stored_numbers
 from forgetcast.learn.evaluate import Evaluator, Read, calibration, per_class
 from forgetcast.learn.optimizer import Optimization
 from forgetcast.learn.progress import Learnt as Learnt
-from forgetcast.learn.progress import Progress, Step
+from forgetcast.learn.progress import Progress, Step, checkpoint_within
 from forgetcast.learn.samples import Samples
 from forgetcast.learn.seeding import epoch_order, random_state, restore_random_state, seed_everything
 from forgetcast.learn.step import require_precision, take_step
@@ -49,6 +49,7 @@ def learn(
     accelerator: Accelerator | None = None,
     evaluate_every: int | None = None,
     log_every: int = LOG_EVERY,
+    until: int | None = None,
     on_event: Callable[[Mapping[str, Any]], None] = lambda _: None,
     on_step: Callable[[Step], None] | None = None,
 ) -> Learnt:
@@ -70,13 +71,16 @@ def learn(
         evaluate_every: also evaluate all tasks seen after so many steps within a task, for the average anytime
             accuracy.
         log_every: report the mean loss after so many steps within a task.
+        until: stop once so many tasks are learnt; all by default. The same run goes on from there later, and where it
+            already has, the checkpoint of that moment is taken and nothing is trained.
         on_event: called with each event (some steps, an epoch, an evaluation, a task), on the main process. A resumed
             run reports the earlier ones again first, so that whoever writes them down starts from an empty page.
         on_step: called after every step, on the main process; nothing is reported again.
 
     Raises:
-        ValueError: a checkpoint of another run, a loss that is no longer finite, a trainable parameter that the loss
-            does not reach, evaluations within the tasks of a closed form, mixed precision that scales losses.
+        ValueError: a checkpoint of another run, a run that has passed `until` and kept no checkpoint of that moment, a
+            loss that is no longer finite, a trainable parameter that the loss does not reach, evaluations within the
+            tasks of a closed form, mixed precision that scales losses.
     """
     if stream.online and method.by_gradient and optimization.epochs != 1:
         raise complaint(
@@ -93,6 +97,10 @@ def learn(
                 "a method that takes steps",
                 "Leave evaluate_every out: a closed form learns at the end of a task.",
             )
+    until = len(stream) if until is None else until
+    require_integer("until", until, least=1)
+    if until > len(stream):
+        raise complaint(f"got until={until}", f"at most the stream's {len(stream)} tasks", "Leave it out for all.")
     accelerator = Accelerator() if accelerator is None else accelerator
     require_precision(accelerator)
     method.model.to(accelerator.device)
@@ -112,8 +120,8 @@ def learn(
     )
     seed_everything(seed)
     with run.interruptible():
-        run.resume()
-        while run.progress.task < len(stream):
+        run.resume(until)
+        while run.progress.task < until:
             run.one_task()
     return run.learnt()
 
@@ -216,7 +224,14 @@ class _Run:
             optimization.set_rate(self.optimizer, progress.step, steps)
             batch = self.samples.share(indices, labels, chosen)
             loss = take_step(
-                self.method, self.optimizer, batch, len(chosen), accelerator, task=task.index, step=progress.step
+                self.method,
+                self.optimizer,
+                optimization,
+                batch,
+                len(chosen),
+                accelerator,
+                task=task.index,
+                step=progress.step,
             )
             progress.loss += loss
             progress.recent_loss += loss
@@ -327,10 +342,10 @@ class _Run:
         if self.interrupted:
             raise KeyboardInterrupt
 
-    def resume(self) -> None:
-        found = None
-        if self.checkpointing is not None:
-            found = load_checkpoint(self.checkpointing.folder, owner=self.owner)
+    def resume(self, until: int) -> None:
+        if self.checkpointing is None:
+            return
+        found = checkpoint_within(self.checkpointing.folder, self.owner, until)
         if found is None:
             return
         _, state = found

@@ -21,6 +21,8 @@ class Optimization:
         batch_size: samples a step, over all processes; the last short batch is kept.
         momentum: of sgd.
         weight_decay: as the optimiser defines it.
+        max_gradient_norm: gradients are scaled down to this norm over all parameters, after a method's `after_backward`;
+            None for never.
         schedule: "constant", or "cosine": `rate (1 + cos(pi step / steps)) / 2` over the steps of a task.
 
     Raises:
@@ -33,6 +35,7 @@ class Optimization:
     batch_size: int = 64
     momentum: float = 0.0
     weight_decay: float = 0.0
+    max_gradient_norm: float | None = None
     schedule: Literal["constant", "cosine"] = "constant"
 
     def __post_init__(self) -> None:
@@ -43,6 +46,8 @@ class Optimization:
         require_integer("batch_size", self.batch_size, least=1)
         require_number("momentum", self.momentum, most=1.0)
         require_number("weight_decay", self.weight_decay)
+        if self.max_gradient_norm is not None:
+            require_number("max_gradient_norm", self.max_gradient_norm, strict=True)
         if self.optimizer == "adamw" and self.momentum > 0:
             raise complaint(
                 f"got momentum={self.momentum} with adamw", "momentum 0", "Use sgd, or leave out the momentum."
@@ -66,6 +71,12 @@ class Optimization:
                 groups, lr=self.learning_rate, momentum=self.momentum, weight_decay=self.weight_decay
             )
         return torch.optim.AdamW(groups, lr=self.learning_rate, weight_decay=self.weight_decay)
+
+    def clip(self, optimizer: torch.optim.Optimizer) -> None:
+        """Scale the gradients of all parameters down to `max_gradient_norm`, as `torch.nn.utils.clip_grad_norm_`."""
+        if self.max_gradient_norm is not None:
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, self.max_gradient_norm)
 
     def set_rate(self, optimizer: torch.optim.Optimizer, step: int, steps: int) -> None:
         """The learning rates of one step of the `steps` of a task."""

@@ -1,8 +1,12 @@
 """Where a run stands, what it measured, and what it tells of each step."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from forgetcast.checks import complaint
+from forgetcast.learn.checkpoint import load_checkpoint
 from forgetcast.metrics.matrix import all_metrics
 from forgetcast.metrics.transfer import average_anytime_accuracy, forward_transfer
 
@@ -112,3 +116,35 @@ class Learnt:
             ]
             found["forward_transfer"] = forward_transfer(ahead, self.accuracy_before_training)
         return found
+
+
+def finished_tasks(folder: Path) -> int:
+    """How many tasks the run has finished whose checkpoints are in `folder`; 0 where there is none."""
+    found = load_checkpoint(folder, owner=None)
+    return 0 if found is None else int(found[1]["progress"]["task"])
+
+
+def checkpoint_within(folder: Path, owner: str, until: int) -> tuple[int, dict[str, Any]] | None:
+    """The checkpoint to go on from to the end of `until` tasks; None where there is none.
+
+    The newest; but of a run that has passed that end, the one of just then, with which nothing is left to train.
+
+    Raises:
+        ValueError: a run that has passed it and kept no checkpoint of it; as `load_checkpoint`.
+    """
+    newest = load_checkpoint(folder, owner=owner)
+    if newest is None or _place(newest[1]) <= (until, False):
+        return newest
+    exact = load_checkpoint(folder, owner=owner, wanted=lambda state: _place(state) == (until, False))
+    if exact is None:
+        raise complaint(
+            f"the run in {folder.parent} has passed the end of task {until - 1} and kept no checkpoint of it",
+            f"a checkpoint with {until} tasks learnt, or a run that has not come so far",
+            "Choose another root, where these tasks are trained anew.",
+        )
+    return exact
+
+
+def _place(state: Mapping[str, Any]) -> tuple[int, bool]:
+    """Where the run of a checkpoint stands: tasks finished, and whether the next has begun."""
+    return state["progress"]["task"], state["progress"]["begun"]

@@ -5,12 +5,14 @@ import torch
 from accelerate import Accelerator
 
 from forgetcast.checks import complaint
+from forgetcast.learn.optimizer import Optimization
 from forgetcast.methods.base import Batch, Method
 
 
 def take_step(
     method: Method,
     optimizer: torch.optim.Optimizer,
+    optimization: Optimization,
     batch: Batch,
     rows: int,
     accelerator: Accelerator,
@@ -25,6 +27,7 @@ def take_step(
     Args:
         method: gives the loss and has the hooks.
         optimizer: of the task.
+        optimization: says how gradients are clipped.
         batch: this process's share; one sample without weight where it has none.
         rows: samples of the whole batch.
         accelerator: backward, and sums over processes.
@@ -56,6 +59,7 @@ def take_step(
     if step == 0:
         require_reached(method, optimizer)
     method.after_backward()
+    optimization.clip(optimizer)
     optimizer.step()
     method.after_step()
     return number

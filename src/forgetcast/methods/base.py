@@ -118,6 +118,12 @@ class Protection:
     def end_task(self, model: Model, task: TaskData) -> None:
         """Remember what must not be lost."""
 
+    @property
+    def acts_on_steps(self) -> bool:
+        """Whether it has a say in the steps; if not, it acts before the first and after the last of a task alone."""
+        hooks = ("loss", "after_backward", "after_step")
+        return any(getattr(type(self), hook) is not getattr(Protection, hook) for hook in hooks)
+
     def state_dict(self) -> State:
         """All that resume needs: a nested dict of tensors and plain JSON values."""
         return {}
@@ -158,6 +164,14 @@ class Method(ABC):
     def takes_steps(self, index: int) -> bool:  # noqa: ARG002
         """Whether the loop takes gradient steps in task `index`."""
         return self.by_gradient
+
+    def plain_outputs(self) -> tuple[int, ...] | None:
+        """The outputs of the cross-entropy on the new samples that a step minimises, but for what protections add.
+
+        None, the default, where the method is more than that: a step, what follows the last step or a prediction differs
+        from plain fine-tuning of backbone and head, of which a forecast would say nothing about the method.
+        """
+        return None
 
     @abstractmethod
     def loss(self, batch: Batch) -> Tensor:

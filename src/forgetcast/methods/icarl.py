@@ -53,6 +53,9 @@ class ICaRL(Sequential):
         self.count = count
         self.means: Tensor | None = None
 
+    def plain_outputs(self) -> None:
+        """None: batches hold exemplars, and their means answer instead of the head."""
+
     def loss(self, batch: Batch) -> Tensor:
         """The loss of the batch with exemplars drawn beside it, each sample with equal weight.
 

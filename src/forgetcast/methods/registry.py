@@ -20,6 +20,7 @@ METHODS: dict[str, str] = {
     "si": "forgetcast.methods.si:SI",
     "lwf": "forgetcast.methods.lwf:LwF",
     "spectral": "forgetcast.methods.spectral:Spectral",
+    "spectral_network": "forgetcast.methods.spectral_network:SpectralNetwork",
     "replay": "forgetcast.methods.replay:ExperienceReplay",
     "der": "forgetcast.methods.der:DER",
     "der++": "forgetcast.methods.der:DERPlusPlus",

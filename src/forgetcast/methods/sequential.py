@@ -23,6 +23,10 @@ class Sequential(Method):
         require_choice("loss_outputs", loss_outputs, ("seen", "task"))
         self.loss_outputs = loss_outputs
 
+    def plain_outputs(self) -> tuple[int, ...] | None:
+        """The chosen outputs."""
+        return self.seen if self.loss_outputs == "seen" else self.classes
+
     def loss(self, batch: Batch) -> Tensor:
         """Cross-entropy over the chosen outputs, plus the protections' terms."""
         outputs = self.seen if self.loss_outputs == "seen" else self.classes

@@ -67,6 +67,9 @@ class SLCA(Sequential):
         self.generator = torch.Generator().manual_seed(seed)
         self.statistics: dict[int, dict[str, Tensor]] = {}
 
+    def plain_outputs(self) -> None:
+        """None: there are two rates, and the head is trained again after the last step."""
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The backbone at its rate and the head at its own; a part of which nothing trains is left out."""
         groups = []

@@ -69,14 +69,14 @@ def progress_bar(console: Console | None, tasks: int, epochs: int) -> Iterator[B
 
 
 @contextmanager
-def features_bar(console: Console | None, samples: int) -> Iterator[Callable[[int], None]]:
-    """What is told how many further samples have their features; a bar from the first of them on, on a terminal."""
+def counting_bar(console: Console | None, what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """What is told how many further ones of `total` are done; a bar from the first of them on, on a terminal."""
     if console is None or not console.is_terminal:
         yield lambda _: None
         return
     with Progress(*_columns(), console=console, transient=True) as progress:
-        bar = progress.add_task("features", total=samples, visible=False)
-        yield lambda rows: progress.update(bar, advance=rows, visible=True)
+        bar = progress.add_task(what, total=total, visible=False)
+        yield lambda count: progress.update(bar, advance=count, visible=True)
 
 
 def _columns() -> tuple[ProgressColumn, ...]:

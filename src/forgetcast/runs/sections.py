@@ -149,6 +149,7 @@ class Training(Section):
     batch_size: Count = 64
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: AtLeastZero = 0.0
+    max_gradient_norm: AboveZero | None = None
     schedule: Literal["constant", "cosine"] = "constant"
     precision: Literal["float32", "bfloat16"] = "float32"
     evaluate_every: Count | None = None

@@ -89,7 +89,7 @@ def requiring(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[
     try:
         for parameter, _ in before:
             parameter.requires_grad_(id(parameter) in chosen)
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
         for parameter, flag in before:

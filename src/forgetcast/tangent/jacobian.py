@@ -93,7 +93,8 @@ def sample_gradients(
         The rows (n, p) and the numbers (n,). A parameter that the numbers do not depend on has zeros.
 
     Raises:
-        ValueError: inputs, numbers or parameters that do not fit; samples that depend on each other; no finite numbers.
+        ValueError: inputs, numbers or parameters that do not fit; numbers that depend on none of the parameters or are
+            not finite; samples that depend on each other.
 
     Cost: one pass forward and one backward a chunk, 2.1 forward passes with frozen weights; memory n p. Parameters
     without a rule: one further pass each way for all of them together, or a loop over samples.

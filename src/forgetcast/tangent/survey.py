@@ -84,20 +84,24 @@ def survey(model: nn.Module, inputs: Any, parameters: Mapping[str, nn.Parameter]
         heads: the numbers to differentiate.
 
     Raises:
-        ValueError: numbers of a wrong shape; samples that depend on each other.
+        ValueError: numbers of a wrong shape, or that depend on none of the parameters; samples that depend on each
+            other.
 
-    Cost: one forward pass and two backward passes of two samples, one forward pass of one.
+    Cost: one forward pass and two backward passes of two samples, one forward pass of one; for parameters
+    without a rule one try of the vectorised way.
     """
     trial = _try(model, at(inputs, slice(0, 2)), parameters, heads)
     sites: dict[str, tuple[Site, ...]] = {}
     sizes: dict[str, LayerSize] = {}
+    groups: dict[tuple[nn.Module, ...], int] = {}
     others, unreached = [], []
     for name, parameter in parameters.items():
         if trial.readers[id(parameter)] == 0:
             unreached.append(name)
         elif (terms := _terms(name, parameter, trial)) and _agree(terms, parameter, trial.truth[name]):
             sites[name] = tuple(trial.held[name])
-            sizes[name] = _size(terms, parameter, layer=list(trial.uses).index(sites[name][0][0]))
+            layers = tuple(layer for layer, _ in sites[name])
+            sizes[name] = _size(terms, parameter, groups.setdefault(layers, len(groups)))
         else:
             others.append(name)
     vectorised = _where_vmap_agrees(model, trial, {name: parameters[name] for name in others}, heads)
@@ -165,6 +169,12 @@ def _try(model: nn.Module, inputs: Any, parameters: Mapping[str, nn.Parameter], 
         outputs = called(model, inputs)
         values = checked(heads(outputs, slice(0, n)), n)
     _require_independent(model, inputs, values, heads)
+    if not values.requires_grad:
+        raise complaint(
+            f"numbers to differentiate that depend on none of the {len(parameters)} parameters",
+            "at least one that they depend on",
+            "Choose others, or let the model and what picks the numbers go without `no_grad` and `detach`.",
+        )
     weights = torch.randn(values.shape[1], generator=torch.Generator().manual_seed(0)).to(values)
     mixed = values @ weights
     readers, nodes = paths_to(mixed, parameters.values())

@@ -21,7 +21,7 @@ from forgetcast.forecast.network.samples import Samples
 from forgetcast.forecast.network.steps import ExpectedStep
 from forgetcast.forecast.network.surrogate import Objective, Surrogate, directed, surrogate
 from forgetcast.forecast.simulate import batches
-from forgetcast.forecast.training import SGD, AdamW, GradientDescent, Training
+from forgetcast.forecast.training import SGD, AdamW, GradientDescent, Training, clip_factor
 from forgetcast.tangent.passes import Work, prepared
 
 SIGHT_STEPS = 3
@@ -84,19 +84,27 @@ class Walker:
     def __post_init__(self) -> None:
         parts = (self.place.theta, self.place.weight, self.place.bias)
         self.states = [ExpectedStep(self.training, part.clone(), self.batch) for part in parts]
+        self.near: Surrogate | None = None
+        self.squares = self.place.theta
 
     def step(self, near: Surrogate) -> None:
         """One step on a surrogate."""
         place = self.place
-        body, rows, bias, blind = near.slopes(place.theta, place.weight, place.bias)
+        if near is not self.near:
+            self.near, self.squares = near, near.gradients.square()
+        body, rows, bias, blind = near.slopes(place.theta, place.weight, place.bias, self.squares)
         self.blind.append(blind)
-        theta_state, weight_state, bias_state = self.states
-        if len(place.theta):
-            theta_state.step(place.theta, body, near.effective)
-        if "weight" in self.net.of_head:
-            weight_state.step(place.weight, rows, near.effective)
-        if "bias" in self.net.of_head:
-            bias_state.step(place.bias, bias, near.effective)
+        moving = [len(place.theta) > 0, "weight" in self.net.of_head, "bias" in self.net.of_head]
+        values, slopes = (place.theta, place.weight, place.bias), (body, rows, bias)
+        parts = [
+            part for part, moves in zip(zip(self.states, values, slopes, strict=True), moving, strict=True) if moves
+        ]
+        factor = 1.0
+        if not isinstance(self.training, GradientDescent) and self.training.max_gradient_norm is not None:
+            square = sum(state.expected_square(value, slope, near.effective) for state, value, slope in parts)
+            factor = clip_factor(self.training, max(square, 0.0) ** 0.5)
+        for state, value, slope in parts:
+            state.step(value, slope, near.effective, factor)
 
     def check(self) -> None:
         """Raise if the path has left the finite numbers."""
@@ -248,8 +256,7 @@ def _sight(
         return None
     near = surrogate(net, None, chosen, training, weights, 0)
     first = Place(near.features.new_zeros(0), walker.place.weight, walker.place.bias)
-    shorter = replace(training, steps=SIGHT_STEPS) if isinstance(training.learning_rate, float | int) else training
-    ahead = follow(net, shorter, first, [near], [min(SIGHT_STEPS, training.steps)], walker.batch)
+    ahead = follow(net, training, first, [near], [min(SIGHT_STEPS, training.steps)], walker.batch)
     (place,) = ahead.places.values()
     return place.weight, place.bias
 

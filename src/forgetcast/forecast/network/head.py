@@ -84,15 +84,16 @@ class Network:
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """All trainable parameters as they were, afterwards; also after an error."""
-        chosen = [*self.body.values(), *self.of_head.values()]
-        before = [parameter.detach().clone() for parameter in chosen]
+        """Body and head as they were, gradients included, afterwards; also after an error."""
+        chosen = [*self.body.values(), *(() if self.head is None else self.head.parameters())]
+        before = [(parameter.detach().clone(), parameter.grad) for parameter in chosen]
         try:
             yield
         finally:
             with torch.no_grad():
-                for parameter, value in zip(chosen, before, strict=True):
+                for parameter, (value, gradient) in zip(chosen, before, strict=True):
                     parameter.copy_(value)
+                    parameter.grad = gradient
 
     @contextmanager
     def tapped(self) -> Iterator[list[Tensor]]:
@@ -102,10 +103,10 @@ class Network:
             yield kept
             return
 
-        def keep(_: nn.Module, given: tuple[Any, ...]) -> None:
-            kept[:] = [given[0]]
+        def keep(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+            kept[:] = [_input_of(given, named)]
 
-        handle = self.head.register_forward_pre_hook(keep)
+        handle = self.head.register_forward_pre_hook(keep, with_kwargs=True)
         try:
             yield kept
         finally:
@@ -129,7 +130,7 @@ def network(model: nn.Module, samples: Samples, parameters: Mapping[str, nn.Para
     """Look for the linear head of a model, on one or two samples.
 
     The head is the `nn.Linear` whose output is the very tensor that `read` returns, called once, on one feature
-    vector a sample, and whose parameters nothing else holds.
+    vector a sample, and whose parameters nothing else holds. A hook that changes the output makes it no head.
 
     Raises:
         ValueError: logits that are not (n, C).
@@ -137,12 +138,12 @@ def network(model: nn.Module, samples: Samples, parameters: Mapping[str, nn.Para
     read = logits_of if read is None else read
     calls: list[tuple[nn.Linear, Tensor, Tensor]] = []
 
-    def keep(layer: nn.Module, given: tuple[Any, ...], output: Tensor) -> None:
+    def keep(layer: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
         assert isinstance(layer, nn.Linear)
-        calls.append((layer, given[0], output))
+        calls.append((layer, _input_of(given, named), output))
 
     layers = [module for module in model.modules() if type(module) is nn.Linear]
-    handles = [layer.register_forward_hook(keep) for layer in layers]
+    handles = [layer.register_forward_hook(keep, with_kwargs=True) for layer in layers]
     few = slice(0, min(2, sample_count(samples.inputs)))
     try:
         with torch.no_grad(), evaluating(model):
@@ -158,13 +159,24 @@ def network(model: nn.Module, samples: Samples, parameters: Mapping[str, nn.Para
     last = [(layer, given) for layer, given, output in calls if output is logits and given.ndim == 2]
     uses = [layer for layer, _, _ in calls]
     head = last[0][0] if len(last) == 1 and uses.count(last[0][0]) == 1 else None
-    if head is not None and _shared(model, head):
+    if head is not None and (_shared(model, head) or not _linear(head, last[0][1], logits)):
         head = None
     own = {id(parameter): name for name, parameter in head.named_parameters()} if head is not None else {}
     of_head = {own[id(parameter)]: parameter for parameter in parameters.values() if id(parameter) in own}
     body = {name: parameter for name, parameter in parameters.items() if id(parameter) not in own}
     width = last[0][1].shape[1] if head is not None else logits.shape[1]
     return Network(model, read, head, body, of_head, logits.shape[1], width)
+
+
+def _input_of(given: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
+    found: Tensor = given[0] if given else named["input"]
+    return found
+
+
+def _linear(head: nn.Linear, features: Tensor, logits: Tensor) -> bool:
+    with torch.no_grad():
+        error = nn.functional.linear(features, head.weight, head.bias) - logits
+    return float(error.norm()) <= torch.finfo(logits.dtype).eps ** 0.5 * float(logits.norm())
 
 
 def _shared(model: nn.Module, head: nn.Linear) -> bool:

@@ -11,7 +11,7 @@ from forgetcast.forecast.network.head import Network
 from forgetcast.forecast.network.samples import Samples
 from forgetcast.forecast.network.surrogate import Objective
 from forgetcast.forecast.simulate import batches
-from forgetcast.forecast.training import SGD, AdamW, GradientDescent, rate_at, sgd
+from forgetcast.forecast.training import SGD, AdamW, GradientDescent, clip_gradients, rate_at, sgd
 from forgetcast.tangent.capture import evaluating, requiring
 from forgetcast.tangent.inputs import called
 
@@ -38,6 +38,8 @@ def trained_path(
     Raises:
         ValueError: a training that diverges.
 
+    A summed loss over fewer samples is scaled up to the batch.
+
     Cost: one pass forward and backward for every sample of every step.
     """
     assert new.targets is not None
@@ -55,10 +57,12 @@ def trained_path(
             logits = net.read(called(net.model, part.inputs))
             error = Objective(training, part.targets, net.outputs).error(logits.detach())
             optimizer.zero_grad()
-            logits.backward(error / len(part) if training.reduction == "mean" else error)  # type: ignore[no-untyped-call]
+            scale = 1.0 if training.reduction == "mean" else len(taken)
+            logits.backward(error * (scale / len(part)))  # type: ignore[no-untyped-call]
             for parameter, first in zip(chosen, start, strict=True):
                 if parameter.grad is not None and training.drift_penalty:
                     parameter.grad.add_(parameter.detach() - first, alpha=training.drift_penalty)
+            clip_gradients(training, chosen)
             optimizer.param_groups[0]["lr"] = rate_at(training.learning_rate, step)
             optimizer.step()
             if step + 1 in readings:
@@ -67,7 +71,6 @@ def trained_path(
                     raise complaint("a training that diverges", "one that stays finite", "Lower the learning rate.")
                 places[step + 1] = place
             on_step(step + 1)
-        optimizer.zero_grad()
     return Path(places, (), (), ())
 
 

@@ -46,18 +46,25 @@ class ExpectedStep:
         self.second = torch.zeros_like(self.start)
         self.noise = torch.zeros_like(self.start)
 
-    def step(self, value: Tensor, slope: Slope | None, samples: float) -> None:
+    def expected_square(self, value: Tensor, slope: Slope, samples: float) -> float:
+        """Expected squared norm of a minibatch gradient."""
+        gradient, _, seen = self._moments(value, slope, samples)
+        return float(gradient.square().sum() if seen is None else seen.sum())
+
+    def step(self, value: Tensor, slope: Slope, samples: float, factor: float = 1.0) -> None:
         """Move `value` by one step of the run.
 
         Args:
             value: the parameters, changed in place.
             slope: mean and mean square of per-sample gradients.
             samples: n, the effective number of samples behind the slope.
+            factor: by which gradients are clipped.
         """
         training = self.training
-        scale = 1.0 if training.reduction == "mean" else self.batch
-        mean = (slope.mean if slope is not None else torch.zeros_like(value)).view_as(value) * scale
-        gradient = mean + training.drift_penalty * (value - self.start)
+        gradient, spread, seen = self._moments(value, slope, samples)
+        if factor != 1:
+            gradient = gradient * factor
+            seen, spread = (None if part is None else part * factor**2 for part in (seen, spread))
         rate = rate_at(training.learning_rate, self.count)
         self.count += 1
         if not isinstance(training, AdamW):
@@ -66,17 +73,26 @@ class ExpectedStep:
         value.mul_(1 - rate * training.weight_decay)
         beta1, beta2 = training.betas
         self.first.lerp_(gradient, 1 - beta1)
-        exact = samples == self.batch or slope is None
-        seen = gradient.square()
-        if not exact and slope is not None:
-            spread = (slope.second.view_as(value) * scale**2 - mean.square()).clamp_min_(0)
-            spread *= samples / max(samples - 1, 0.5)
-            seen += spread * (1 / self.batch - 1 / samples)
+        if seen is None or spread is None:
+            seen = gradient.square()
+        else:
             self.noise.mul_(beta2).add_(spread, alpha=(1 - beta2) / self.batch)
         self.second.mul_(beta2).add_(seen, alpha=1 - beta2)
         unbiased = torch.maximum(self.second, self.noise) / (1 - beta2**self.count)
         stride = self.first / (1 - beta1**self.count) / unbiased.sqrt_().add_(training.epsilon)
-        value.sub_(stride if exact else stride.clamp_(-STRIDE, STRIDE), alpha=rate)
+        value.sub_(stride if spread is None else stride.clamp_(-STRIDE, STRIDE), alpha=rate)
+
+    def _moments(self, value: Tensor, slope: Slope, samples: float) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Expected gradient; spread of per-sample gradients and expected square, or None twice where n = b."""
+        training = self.training
+        scale = 1.0 if training.reduction == "mean" else self.batch
+        mean = slope.mean.view_as(value) * scale
+        gradient = mean + training.drift_penalty * (value - self.start) if training.drift_penalty else mean
+        if samples == self.batch:
+            return gradient, None, None
+        spread = (slope.second.view_as(value) * scale**2 - mean.square()).clamp_min_(0)
+        spread *= samples / max(samples - 1, 0.5)
+        return gradient, spread, gradient.square() + spread * (1 / self.batch - 1 / samples)
 
     def _descend(self, value: Tensor, gradient: Tensor, rate: float) -> None:
         training = self.training
