@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import linear_against_training, linear_many_steps, loop_overhead
+from benchmarks import kernel_race, linear_against_training, linear_many_steps, loop_overhead
 from benchmarks.machine import save
 
 
@@ -18,7 +18,7 @@ def rows(value: Any, path: str = "") -> list[tuple[str, str]]:
     return [(path, f"{value:.4g}" if isinstance(value, float) else str(value))]
 
 
-for module in (linear_many_steps, linear_against_training, loop_overhead):
+for module in (linear_many_steps, linear_against_training, loop_overhead, kernel_race):
     name = module.__name__.split(".")[-1]
     result = module.run()
     save(name, result)

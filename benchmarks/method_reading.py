@@ -65,8 +65,9 @@ def _dark_replay(table: Table) -> str:
     labels = ("der", "der, all outputs from the start", "der++", "replay")
     shown = "; ".join(f"{label} {_mean(table, label)}" for label in labels)
     return (
-        "DER without labels forgets under a head that grows, because the logits it stored say nothing of later outputs, "
-        f"which may then win on old samples: {shown}. With the task told DER has {fmean(told(table, 'der')):.1f}."
+        "DER without labels forgets under a head that grows, because the logits it stored say nothing of later "
+        f"outputs, which may then win on old samples: {shown}. "
+        f"With the task told DER has {fmean(told(table, 'der')):.1f}."
     )
 
 

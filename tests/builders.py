@@ -73,6 +73,8 @@ def train(phi: Tensor, y: Tensor, start: fc.LinearHead, training, order=None, ex
         if extra is not None:
             loss = loss + extra(module)
         loss.backward()
+        if getattr(training, "max_gradient_norm", None) is not None:
+            torch.nn.utils.clip_grad_norm_(module.parameters(), training.max_gradient_norm)
         optimizer.step()
     return fc.LinearHead.from_module(module)
 

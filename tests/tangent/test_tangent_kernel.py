@@ -114,7 +114,7 @@ def test_symmetric_positive_additive_and_permuted():
 
 def test_perceptrons_never_build_a_gradient(monkeypatch):
     """T = 1: the products of inputs and of gradients are all that is kept."""
-    model = perceptron(30, 40, 40, 4)
+    model = perceptron(30, 40, 6, 4)
     found = tangent_kernel(model, torch.randn(6, 30))
     assert {layer.form for layer in found.plan.layers.values()} == {"gram"}
     assert {layer.keeps for layer in found.plan.layers.values()} == {"factors"}

@@ -10,7 +10,7 @@ from torch.nn import functional
 from forgetcast.checks import complaint
 from forgetcast.forecast.penalty import QuadraticPenalty
 from forgetcast.forecast.simulate import batches
-from forgetcast.forecast.training import SGD, AdamW, GradientDescent, rate_at, sgd
+from forgetcast.forecast.training import SGD, AdamW, GradientDescent, clip_gradients, rate_at, sgd
 from forgetcast.tangent.features import check_targets
 from forgetcast.tangent.linear_head import LinearHead
 
@@ -60,6 +60,7 @@ def train_linear_head(
             gap = penalty.root.to(phi) @ torch.cat(rows) - penalty.target.to(phi)
             loss = loss + gap.square().sum() / 2
         loss.backward()  # type: ignore[no-untyped-call]
+        clip_gradients(training, parameters)
         optimizer.step()
         on_step()
     if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters):

@@ -8,14 +8,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from forgetcast.checks import complaint, require_choice, require_finite, require_number
+from forgetcast.checks import complaint, require_choice, require_finite, require_integer, require_number
 from forgetcast.forecast.linear import forecast_linear
 from forgetcast.forecast.network.anchored import Path, Place, anchored_path, batch_of, follow
 from forgetcast.forecast.network.draw import draw
 from forgetcast.forecast.network.head import Network, network
 from forgetcast.forecast.network.pilot import trained_path
 from forgetcast.forecast.network.placed import place_rows
-from forgetcast.forecast.network.plan import FORWARD, HALF_OLD, Budget, plan_anchors, reading_steps
+from forgetcast.forecast.network.plan import FORWARD, HALF_OLD, Budget, plan_anchors
 from forgetcast.forecast.network.result import NetworkForecast, Reading
 from forgetcast.forecast.network.samples import Samples, samples_of
 from forgetcast.forecast.network.surrogate import Objective, Surrogate
@@ -61,7 +61,8 @@ def forecast(
         training: how the new task will be trained.
         parameters: that train: names, a filter of (name, parameter), or None for all that require gradients.
         outputs: from what the model returns to logits (n, C); a set of outputs, if loss and forecast see no others; or
-            None for the tensor itself, or its `logits`.
+            None for the tensor itself, or its `logits`. With a set, labels and `training.classes` keep the model's
+            numbers when given; the forecast holds the chosen outputs in rising order, and labels as places among them.
         estimator: "linear" (only the head trains: exact); "anchored" (few samples at anchors along the predicted path);
             "pilot" (the training itself with a few samples a batch); "static" (the tangent at the start, arXiv
             2606.18024); "auto": linear where exact, static for squared loss in full batches, else anchored.
@@ -95,13 +96,18 @@ def forecast(
     require_choice("estimator", estimator, ESTIMATORS)
     require_choice("head", head, ("as_is", "placed"))
     require_number("budget", budget, strict=True)
+    require_integer("seed", seed)
+    if samples_new is not None:
+        require_integer("samples_new", samples_new, least=1)
     read = logits_of if outputs is None else outputs if callable(outputs) else _columns(outputs)
     chosen = trainable(model, parameters)
     old_samples, new_samples = samples_of("old", old), samples_of("new", new)
     device = next(model.parameters()).device
     net = network(model, new_samples.at(torch.arange(min(2, len(new_samples)))).to(device), chosen, read)
+    described = describe(training)
     if outputs is not None and not callable(outputs):
         old_samples, new_samples = (_renumbered(samples, outputs) for samples in (old_samples, new_samples))
+        training = _seeing(training, outputs)
     old_samples, new_samples = _checked(net, old_samples, new_samples, training)
     with net.restored():
         scores = _place(net, old_samples, new_samples, training) if head == "placed" else None
@@ -109,7 +115,7 @@ def forecast(
         require_finite("old logits", before.logits)
         estimator = _choose(estimator, net, training)
         if estimator in ("linear", "static"):
-            return _closed(net, before, old_samples, new_samples, training, estimator, started)
+            return _closed(net, before, old_samples, new_samples, training, described, estimator, started)
         assert isinstance(training, SGD | AdamW | GradientDescent)
         batch = batch_of(training, len(new_samples))
         degenerate = _degenerate(net, new_samples, training)
@@ -121,6 +127,7 @@ def forecast(
             old=len(old_samples),
             budget=budget,
             look=look,
+            sight=bool(net.of_head),
             half=estimator == "anchored",
         )
         if estimator == "pilot":
@@ -132,16 +139,15 @@ def forecast(
         if path.surrogates and not plan.exact and max(len(near) for near in path.surrogates) > 1:
             sampling = _sampling_error(net, old_samples, training, path, readings, batch)
     blind = sum(path.blind) / max(len(path.blind), 1)
-    exact = plan.exact and estimator != "pilot"
-    passes = {"old": len(readings) - 1 + (sampling is not None), "new": round(plan.cost / max(len(new_samples), 1))}
+    passes = {"old": len(readings) - 1 + (sampling is not None), "new": round(plan.new_cost / len(new_samples))}
     return NetworkForecast(
         drift=readings[-1].logits - before.logits,
         logits_before=before.logits,
         targets=old_samples.targets,
-        settings={"training": describe(training), "estimator": estimator, "budget": budget, "head": head, "seed": seed},
+        settings={"training": described, "estimator": estimator, "budget": budget, "head": head, "seed": seed},
         cost=Cost(perf_counter() - started, passes, estimator),
         estimator=estimator,
-        trust=Trust(sampling, path.surrogate_error, blind, degenerate, exact),
+        trust=Trust(sampling, path.surrogate_error, blind, degenerate, plan.exact),
         share_of_run=plan.share,
         readings=readings,
         batch=batch,
@@ -165,6 +171,21 @@ def _renumbered(samples: Samples, outputs: Sequence[int]) -> Samples:
     chosen = torch.tensor(sorted(int(output) for output in outputs))
     check_seen(samples.name, samples.targets, tuple(chosen.tolist()))
     return replace(samples, targets=torch.searchsorted(chosen, samples.targets.cpu()))
+
+
+def _seeing(training: Training, outputs: Sequence[int]) -> Training:
+    """The training with its classes as places among the chosen outputs."""
+    if training.classes is None:
+        return training
+    chosen = sorted(int(output) for output in outputs)
+    strangers = sorted(set(training.classes) - set(chosen))
+    if strangers:
+        raise complaint(
+            f"got training.classes={training.classes} with outputs={list(outputs)}",
+            "classes among the outputs",
+            f"Add {strangers} to outputs, or leave them out of classes.",
+        )
+    return replace(training, classes=tuple(chosen.index(label) for label in training.classes))
 
 
 def _checked(net: Network, old: Samples, new: Samples, training: Training) -> tuple[Samples, Samples]:
@@ -238,15 +259,18 @@ def _errors(net: Network, phi: Tensor, targets: Tensor, training: Training) -> T
 
 
 def _degenerate(net: Network, new: Samples, training: Training) -> bool:
-    """Whether the rows of all outputs that the new labels name are equal: the body then has no tangent."""
+    """Whether the head does not tell the new labels apart: their rows are equal, and the body has no tangent there.
+
+    With one new label, the rows of all outputs that the loss sees.
+    """
     if net.head is None or not net.body or new.targets is None or new.targets.ndim != 1:
         return False
     named = sorted(set(new.targets.tolist()))
-    rows = net.weight()[named]
-    others = [output for output in training.classes or range(net.outputs) if output not in named]
+    seen = range(net.outputs) if training.classes is None else training.classes
+    rows = net.weight()[named if len(named) > 1 else list(seen)]
     size = float(net.weight().norm(dim=1).max())
     spread = float((rows - rows[0]).norm(dim=1).max())
-    return spread <= SAME * max(size, SAME) and (training.classes is None or not others)
+    return spread <= SAME * max(size, SAME)
 
 
 def _anchored(
@@ -282,12 +306,20 @@ def _pilot(
     on_step: Callable[[int], None],
 ) -> tuple[Path, Budget]:
     """The training with as many samples of each batch as the budget pays for."""
-    readings = reading_steps(training.steps, len(plan.readings)) if training.steps else (0,)
-    left = budget * plan.run - FORWARD * old * len(readings)
-    samples = max(1, min(int(left / max(training.steps, 1)), plan.run // max(training.steps, 1)))
-    path = trained_path(net, new, training, readings, samples=samples, on_step=on_step)
-    cost = samples * training.steps + FORWARD * old * len(readings)
-    return path, replace(plan, cost=cost, anchors=(), looked=0, readings=readings)
+    if plan.exact:
+        return trained_path(net, new, training, plan.readings, on_step=on_step), plan
+    reading = FORWARD * old * len(plan.readings)
+    samples = int((budget * plan.run - reading) / training.steps)
+    if samples < 1:
+        raise complaint(
+            f"budget={budget:g} for a pilot of {training.steps} steps x {plan.run // training.steps} samples, with {old} "
+            "old samples to read",
+            f"at least {(training.steps + reading) / plan.run:.3g}, one sample a step",
+            "Raise budget, or choose 'anchored'.",
+        )
+    path = trained_path(net, new, training, plan.readings, samples=samples, on_step=on_step)
+    new_cost = float(samples * training.steps)
+    return path, replace(plan, cost=new_cost + reading, new_cost=new_cost, anchors=(), looked=0, checks=0)
 
 
 def _read_old(net: Network, old: Samples, step: int, place: Place) -> Reading:
@@ -328,13 +360,14 @@ def _closed(
     old: Samples,
     new: Samples,
     training: Training,
+    described: dict[str, Any],
     estimator: Estimator,
     started: float,
 ) -> NetworkForecast:
     """Forecasts in closed form: of a linear head exactly, of a network at the tangent of its start."""
     start = before.place
     assert new.targets is not None
-    surrogates: tuple[Surrogate, ...] = ()
+    steps = int(getattr(training, "steps", 0))
     if estimator == "linear":
         assert net.head is not None
         head = LinearHead.from_module(net.head)
@@ -346,12 +379,10 @@ def _closed(
         place = Place(start.theta, weight, start.bias if bias is None else torch.as_tensor(bias).to(like))
         drift, cost = made.drift, made.cost
         trust = Trust(None, None, 0.0, False, exact=True)
-        features = before.features
+        end = Reading(steps, place, before.features)
     else:
-        chosen = {**net.body, **{f"head {name}": parameter for name, parameter in net.of_head.items()}}
-        names = [
-            name for name, parameter in net.model.named_parameters() if any(parameter is p for p in chosen.values())
-        ]
+        chosen = [*net.body.values(), *net.of_head.values()]
+        names = [name for name, parameter in net.model.named_parameters() if any(parameter is p for p in chosen)]
         found = static_drift(
             net.model,
             old.to(net.device).inputs,
@@ -361,9 +392,15 @@ def _closed(
             names,
             outputs=net.read,
         )
-        drift, cost, place, features = found.drift, found.cost, start, before.features
+        drift = found.drift
         trust = Trust(None, None, 0.0, _degenerate(net, new, training))
-    steps = int(getattr(training, "steps", 0))
+        cost = replace(found.cost, passes={**found.cost.passes, "old": found.cost.passes["old"] + 1})
+        every = dict(net.model.named_parameters())
+        with net.restored(), torch.no_grad():
+            parts = torch.split(found.delta, [every[name].numel() for name in found.names])
+            for name, part in zip(found.names, parts, strict=True):
+                every[name] += part.view_as(every[name]).to(every[name])
+            end = _read_old(net, old, steps, Place(net.theta(), net.weight(), net.bias()))
     batch = batch_of(training, len(new)) if isinstance(training, SGD | AdamW | GradientDescent) else float(len(new))
     run = steps * batch
     units = len(new) * sum([cost.passes.get("new", 0) * FORWARD])
@@ -371,14 +408,14 @@ def _closed(
         drift=drift,
         logits_before=before.logits,
         targets=old.targets,
-        settings={"training": describe(training), "estimator": estimator},
+        settings={"training": described, "estimator": estimator},
         cost=Cost(perf_counter() - started, cost.passes, cost.form),
         estimator=estimator,
         trust=trust,
         share_of_run=units / run if run else 0.0,
-        readings=(before, Reading(steps, place, features)),
+        readings=(before, end),
         batch=batch,
         training=training,
         _net=net,
-        _surrogates=surrogates,
+        _surrogates=(),
     )

@@ -1,6 +1,7 @@
 """How a budget is spent: readings of the old samples, a look at the new ones, and anchors along the training."""
 
 from dataclasses import dataclass
+from math import ceil
 
 from forgetcast.checks import complaint
 
@@ -8,6 +9,7 @@ FORWARD = 0.47
 """A forward pass in units of one forward and one backward pass, where frozen weights take no gradient."""
 ANCHOR_ROWS = 32
 LOOK_SHARE = 0.3
+LEAST_ROWS = 4
 HALF_OLD = 128
 """Old samples on which the check from half of the new samples is read."""
 
@@ -23,6 +25,7 @@ class Budget:
         readings: steps after which the old samples are read.
         checks: samples an anchor that are read again to test the one before it.
         cost: of all that.
+        new_cost: the new samples' part of it.
         exact: whether every step has its own batch as anchor: the run itself.
     """
 
@@ -32,6 +35,7 @@ class Budget:
     readings: tuple[int, ...]
     checks: int
     cost: float
+    new_cost: float
     exact: bool
 
     @property
@@ -49,6 +53,7 @@ def plan_anchors(
     budget: float,
     readings: int = 3,
     look: bool,
+    sight: bool,
     half: bool = True,
     anchor_rows: int = ANCHOR_ROWS,
 ) -> Budget:
@@ -65,6 +70,7 @@ def plan_anchors(
         budget: share of the run's cost; 1 or more replays the run itself.
         readings: how often old samples are read along the path, at most; fewer where they would take half the budget.
         look: whether the losses of the new samples are worth reading.
+        sight: whether the first anchor's samples are read once more, to find its directions.
         half: whether one more reading goes to the check from half of the samples.
         anchor_rows: samples an anchor.
 
@@ -73,10 +79,10 @@ def plan_anchors(
     """
     run = steps * batch
     if steps == 0:
-        return Budget(0, (), 0, (0,), 0, 0.0, exact=True)
+        return Budget(0, (), 0, (0,), 0, 0.0, 0.0, exact=True)
     if budget >= 1:
-        at = reading_steps(steps, readings)
-        return Budget(run, tuple((k, batch) for k in range(steps)), 0, at, 0, run + FORWARD * old * len(at), exact=True)
+        at, anchors = reading_steps(steps, readings), tuple((k, batch) for k in range(steps))
+        return Budget(run, anchors, 0, at, 0, run + FORWARD * old * len(at), float(run), exact=True)
     units = budget * run
     reading = FORWARD * old
     extra = FORWARD * min(old, HALF_OLD) if half else 0.0
@@ -84,21 +90,23 @@ def plan_anchors(
     left = units - count * reading - extra
     looked = min(new, int(LOOK_SHARE * units / FORWARD)) if look else 0
     left -= FORWARD * looked
-    if left < 4:
+    first_price = 1 + FORWARD if sight else 1.0
+    if left < LEAST_ROWS * first_price:
+        least = (reading + extra + LEAST_ROWS * first_price) / (1 - LOOK_SHARE if look else 1)
         raise complaint(
             f"budget={budget:g} of a run of {steps} steps x {batch} samples, with {old} old samples to read",
-            f"at least {(reading + extra + FORWARD * looked + 4) / run:.3g}",
+            f"at least {ceil(1000 * least / run) / 1000:g}",
             "Raise budget, or give fewer old samples.",
         )
-    rows = min(anchor_rows, new, max(4, int(left / 3)))
+    rows = min(anchor_rows, new, max(LEAST_ROWS, int(left / 3)))
     checks = max(1, rows // 8)
-    number = max(1, int((left - rows) / (rows + FORWARD * checks)))
-    number = min(number, steps)
-    first = min(2 * rows, new, int(left) - (number - 1) * rows) if number > 1 else min(int(left), new)
-    places = sorted({round(k * steps / number) for k in range(number)})
-    anchors = tuple((step, rows if step else max(first, 1)) for step in places)
-    cost = extra + sum(n for _, n in anchors) + FORWARD * (looked + count * old + checks * (len(anchors) - 1))
-    return Budget(run, anchors, looked, reading_steps(steps, count), checks, cost, exact=False)
+    number = min(max(1, int((left - rows * (2 * first_price - 1)) / (rows + FORWARD * checks))), steps)
+    first = min(2 * rows if number > 1 else int(left / first_price), new)
+    places = [round(k * steps / number) for k in range(number)]
+    anchors = tuple((step, rows if step else first) for step in places)
+    new_cost = (number - 1) * (rows + FORWARD * checks) + first * first_price + FORWARD * looked
+    cost = new_cost + extra + count * reading
+    return Budget(run, anchors, looked, reading_steps(steps, count), checks, cost, new_cost, exact=False)
 
 
 def reading_steps(steps: int, count: int) -> tuple[int, ...]:

@@ -98,14 +98,23 @@ class NetworkForecast(Forecast):
 
     @property
     def trajectory(self) -> pd.DataFrame:
-        """A row for each reading: steps, relative drift, and accuracy of the old samples if they have labels."""
+        """A row for each reading: steps, relative drift, and accuracy of the old samples if they have labels.
+
+        Raises:
+            ValueError: a training that is not made of steps.
+        """
+        if self.training.dial != "steps":
+            raise complaint(
+                f"the trajectory of a {type(self.training).__name__}", "a training in steps", "Read drift and accuracy."
+            )
         rows = []
         size = float(self.logits_before.double().norm())
-        for reading in self.readings:
-            drift = float((reading.logits - self.logits_before).double().norm())
-            row: dict[str, float] = {"steps": reading.step, "relative_drift": drift / size if size else float("inf")}
+        *earlier, last = self.readings
+        for step, logits in [*((reading.step, reading.logits) for reading in earlier), (last.step, self.logits)]:
+            drift = float((logits - self.logits_before).double().norm())
+            row: dict[str, float] = {"steps": step, "relative_drift": drift / size if size else float("inf")}
             if self.targets is not None and self.targets.ndim == 1:
-                row["accuracy"] = share_right(reading.logits, self.labels)
+                row["accuracy"] = share_right(logits, self.labels)
             rows.append(row)
         return pd.DataFrame(rows)
 
@@ -141,7 +150,8 @@ class NetworkForecast(Forecast):
         model nor data.
 
         Raises:
-            ValueError: an estimator without surrogates (pilot, static, linear); a schedule.
+            ValueError: an estimator without surrogates (pilot, static, linear); a schedule; more steps than a given
+                order has.
 
         Cost: 7 n P a step with n samples an anchor; no passes.
         """
@@ -155,12 +165,15 @@ class NetworkForecast(Forecast):
                 "one learning rate",
                 "Give learning_rate, or forecast the schedule anew.",
             )
-        changed = replace(training, learning_rate=rate, steps=count)
+        require_integer("steps", count)
+        changed = _varied(training, float(rate), count)
         path = self._followed(changed, [count])
         place = path.places[count]
         features, unexplained = self.old_features(place)
         logits = features @ place.weight.T + place.bias
-        trust = replace(self.trust, surrogate_error=max(self.trust.surrogate_error or 0.0, unexplained))
+        trust = self.trust
+        if trust.expected_cosine is not None:  # what could not check itself does not by being read off the path
+            trust = replace(trust, surrogate_error=max(trust.surrogate_error or 0.0, unexplained))
         settings = {**self.settings, "training": describe(changed), "what_if": True}
         return replace(
             self,
@@ -234,8 +247,6 @@ class NetworkForecast(Forecast):
         return self.training
 
     def _followed(self, training: SGD | AdamW | GradientDescent, steps: Sequence[int]) -> Path:
-        for step in steps:
-            require_integer("steps", step)
         was, now = self.training.learning_rate, training.learning_rate  # type: ignore[union-attr]
         scale = was / now if isinstance(was, float | int) and isinstance(now, float | int) else 1.0
         turns = [round(near.step * scale) for near in self._surrogates]
@@ -254,3 +265,14 @@ class NetworkForecast(Forecast):
             logits = hidden
         hits = right(logits, near.objective.targets.to(logits.device))
         return float((hits.double() * near.weights.double()).sum())
+
+
+def _varied(training: SGD | AdamW | GradientDescent, rate: float, steps: int) -> SGD | AdamW | GradientDescent:
+    """The training at another rate and number of steps; of a given order its beginning."""
+    if isinstance(training, GradientDescent) or training.order is None:
+        return replace(training, learning_rate=rate, steps=steps)
+    if steps > len(training.order):
+        raise complaint(
+            f"got steps={steps}", f"at most {len(training.order)}", "The order ends there: forecast a longer one."
+        )
+    return replace(training, learning_rate=rate, steps=steps, order=training.order[:steps])

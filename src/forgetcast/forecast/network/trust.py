@@ -47,7 +47,7 @@ class Trust:
         if self.exact:
             return "exact"
         if self.expected_cosine is None:
-            return "nothing to check it by: raise the budget"
+            return "not to be trusted: nothing to check it by (only 'anchored' checks itself, on several samples)"
         parts = {"few samples read": self.sampling_error, "anchors too far apart": self.surrogate_error}
         worst = max((name for name, value in parts.items() if value is not None), key=lambda name: parts[name] or 0)
         verdict = "to be trusted" if self.trusted else f"not to be trusted ({worst}: raise the budget"
