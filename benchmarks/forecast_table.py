@@ -36,7 +36,7 @@ EPOCHS = 3
 BASE_EPOCHS = 1
 BATCH = 64
 RATE = 1e-3
-OLD = 450
+OLD = 225
 HEADS = ("fresh", "placed")
 
 
@@ -180,7 +180,8 @@ def started_with(setting: Setting, folder: Path, data: Data, groups: list[list[i
     base = sorted(label for group in groups[: setting.base] for label in group)
     samples = seen_from(data.train, data.train_labels, base, "base")
     net = seen_by(model, samples)
-    assert net.head is not None and samples.targets is not None
+    assert net.head is not None
+    assert samples.targets is not None
     place_rows(net.head, net.features(samples), samples.targets, base)
     training = training_on(samples, base, seed, BASE_EPOCHS)
     end = trained_path(net, samples, training, [training.steps]).places[training.steps]
@@ -215,7 +216,7 @@ def run(name: str, folder: Path, seeds: tuple[int, ...]) -> None:
                 cells = {key: round(found[key]["cosine"], 3) for key in ("forecast", "pilot", "ceiling")}
                 print(name, seed, head, k, cells, flush=True)
             stored = json.loads(path.read_text()) if path.exists() else {"title": setting.title, "rows": []}
-            stored["rows"] += rows
+            stored["title"], stored["rows"] = setting.title, stored["rows"] + rows
             stored["settings"] = {"rate": RATE, "epochs": EPOCHS, "batch": BATCH, "budget": BUDGET, "old": OLD}
             path.write_text(json.dumps(stored, indent=1))
 

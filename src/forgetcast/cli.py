@@ -7,8 +7,8 @@ import click
 
 from forgetcast import __version__
 
-# Exit codes: 0 done, 1 refused, 2 wrongly typed (click's own), 130 interrupted, and this one.
-EXPECTATION_BROKEN = 3
+# Exit codes: 0 done, 1 refused, 2 wrongly typed (click's own), 130 interrupted, and these.
+EXPECTATION_BROKEN, DROP_TOO_LARGE, NOT_TRUSTED = 3, 4, 5
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -46,14 +46,18 @@ def demo(data: Path | None, output: Path, increment: int, seed: int) -> None:
 @main.command()
 @click.argument("run", type=click.Path(path_type=Path))
 def report(run: Path) -> None:
-    """Write report.html again from the record.json in the folder RUN (of the demo, report.png too)."""
+    """Write report.html again from the record.json in the folder RUN (of the demo, report.png too).
+
+    RUN may be a forecast.json, of which forecast.html is written.
+    """
+    from forgetcast.report.forecast_page import is_forecast, write_forecast_report
     from forgetcast.report.page import write_report
     from forgetcast.report.run_page import is_run, write_run_report
     from forgetcast.runs.record import read_record
 
     try:
         record = read_record(run)
-        write = write_run_report if is_run(record) else write_report
+        write = write_run_report if is_run(record) else write_forecast_report if is_forecast(record) else write_report
         page = write(record, run if run.is_dir() else run.parent)
     except ValueError as error:
         raise click.ClickException(str(error)) from error
@@ -104,6 +108,77 @@ def run(recipe: Path, overrides: tuple[str, ...], root: Path, seeds: str, tracke
         raise SystemExit(130) from None
     if not held:
         raise SystemExit(EXPECTATION_BROKEN)
+
+
+@main.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("overrides", metavar="[key=value ...]", nargs=-1)
+@click.option("--root", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Of all runs.")
+@click.option("--task", type=int, help="Counted from 0, at least 1; by default the one that the run comes to next.")
+@click.option(
+    "--max-drop", type=float, default=0.02, show_default=True, help="Largest drop of old accuracy that is fine."
+)
+@click.option(
+    "--budget", type=float, default=0.15, show_default=True, help="Share of the training's cost; 1 replays it."
+)
+@click.option(
+    "--old", "most_old", type=int, default=1000, show_default=True, help="Old samples at most, evenly from all classes."
+)
+@click.option("--verify", is_flag=True, help="Learn the task for real afterwards, and compare.")
+def forecast(
+    recipe: Path,
+    overrides: tuple[str, ...],
+    root: Path,
+    task: int | None,
+    max_drop: float,
+    budget: float,
+    most_old: int,
+    verify: bool,
+) -> None:
+    """Forecast what the next task of a RECIPE will make its model forget, before training.
+
+    Tasks before it are learnt first, as far as the run in --root has not come yet. `forgetcast run` goes on from there.
+    The run's directory then holds forecast.json and forecast.html.
+
+    Exits with 4 when the forecast drop of old accuracy is above --max-drop, and with 5 when the forecast is not to be
+    trusted, whatever it says.
+    """
+    from rich.console import Console
+
+    from forgetcast.report.forecast_page import write_forecast_report
+    from forgetcast.runs.forecast import forecast_recipe
+    from forgetcast.runs.forecast_table import forecast_lines, forecast_tables
+    from forgetcast.runs.recipe import load_recipe
+    from forgetcast.runs.record import read_record
+
+    try:
+        path = forecast_recipe(
+            load_recipe(recipe, overrides),
+            root,
+            task=task,
+            max_drop=max_drop,
+            budget=budget,
+            most_old=most_old,
+            verify=verify,
+            console=Console(stderr=True),
+        )
+        record = read_record(path)
+        page = write_forecast_report(record, path.parent)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+    except KeyboardInterrupt:
+        click.echo("stopped: tasks learnt so far are saved", err=True)
+        raise SystemExit(130) from None
+    console = Console(highlight=False)
+    for line in forecast_lines(record):
+        click.echo(line)
+    for table in forecast_tables(record):
+        console.print(table)
+    click.echo(f"forecast: {path}\nreport: {page}")
+    if not record["forecast"]["trusted"]:
+        raise SystemExit(NOT_TRUSTED)
+    if not record["forecast"]["within_limit"]:
+        raise SystemExit(DROP_TOO_LARGE)
 
 
 @main.command()

@@ -21,7 +21,7 @@ class Optimization:
         batch_size: samples a step, over all processes; the last short batch is kept.
         momentum: of sgd.
         weight_decay: as the optimiser defines it.
-        max_gradient_norm: gradients are scaled down to this norm over all parameters, after a method's `after_backward`;
+        max_gradient_norm: gradients are scaled down to this norm over all parameters, after `after_backward`;
             None for never.
         schedule: "constant", or "cosine": `rate (1 + cos(pi step / steps)) / 2` over the steps of a task.
 
@@ -80,6 +80,10 @@ class Optimization:
 
     def set_rate(self, optimizer: torch.optim.Optimizer, step: int, steps: int) -> None:
         """The learning rates of one step of the `steps` of a task."""
-        factor = 1.0 if self.schedule == "constant" else (1 + cos(pi * step / steps)) / 2
+        factor = self.factor(step, steps)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
+
+    def factor(self, step: int, steps: int) -> float:
+        """What the schedule multiplies the first rate by, at one step of the `steps` of a task."""
+        return 1.0 if self.schedule == "constant" else (1 + cos(pi * step / steps)) / 2

@@ -168,8 +168,8 @@ class Method(ABC):
     def plain_outputs(self) -> tuple[int, ...] | None:
         """The outputs of the cross-entropy on the new samples that a step minimises, but for what protections add.
 
-        None, the default, where the method is more than that: a step, what follows the last step or a prediction differs
-        from plain fine-tuning of backbone and head, of which a forecast would say nothing about the method.
+        None, the default, where the method is more than that: a step, what follows the last one or a prediction is not
+        that of plain fine-tuning of backbone and head, so that a forecast of this would say nothing of the method.
         """
         return None
 

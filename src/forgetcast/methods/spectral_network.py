@@ -18,6 +18,7 @@ class SpectralNetwork(Sequential):
         probes: training samples of each task whose outputs are held.
         form: "probes", which keeps these samples and passes them at every step, or "data_free", which keeps directions
             of the parameters and holds the outputs to first order.
+        later: outputs of later tasks are "held" at zero on the old probes, or "free".
         rank: directions kept over all tasks by the data-free form; None keeps all.
         loss_outputs: as for `Sequential`.
         seed: of the choice of probes.
@@ -29,10 +30,11 @@ class SpectralNetwork(Sequential):
         self,
         model: Model,
         strength: float = 1.0,
-        modes: int = 10,
+        modes: int = 100,
         *,
         probes: int = 100,
         form: str = "probes",
+        later: str = "held",
         rank: int | None = None,
         loss_outputs: str = "seen",
         seed: int = 0,
@@ -42,7 +44,7 @@ class SpectralNetwork(Sequential):
             raise complaint(f"got rank={rank} with form='probes'", "no rank", "Leave it out, or set form='data_free'.")
         protection: Protection
         if form == "probes":
-            protection = SpectralProbes(strength, modes, probes=probes, seed=seed)
+            protection = SpectralProbes(strength, modes, probes=probes, later=later, seed=seed)
         else:
-            protection = SpectralDirections(strength, modes, probes=probes, rank=rank, seed=seed)
+            protection = SpectralDirections(strength, modes, probes=probes, later=later, rank=rank, seed=seed)
         super().__init__(model, [protection], loss_outputs=loss_outputs)

@@ -5,13 +5,18 @@ r"""The spectral regulariser of a network: old outputs are held still along thei
 
 u_j are the leading eigenvectors of the tangent kernel of all that trains, over probes and outputs seen, taken when task
 tau ends; they stay. The data-free form is the first to first order in the displacement, and the same where outputs are
-linear in what trains. Outputs that come later do not enter. Source: arXiv 2606.18024.
+linear in what trains. Source: arXiv 2606.18024.
 
-Along mode j either form adds a curvature of `2 mu l_j / k`, l_j growing with the number of probes: plain gradient
+Outputs that come later are no part of f_tau. With `later="free"` they may become anything on the old probes, and where
+predictions are over all outputs seen they outvote the old ones. With `later="held"` each is held at the zero that it
+starts from, along the leading k / c modes of its own kernel, as it would be in a head that had all outputs from the
+start; `SpectralHead` does so too.
+
+Along mode j either form adds a curvature of `2 mu l_j / k`, and l_j grows with the number of probes: plain gradient
 descent is stable below a rate of `k / (mu l_1)`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,58 +24,73 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from forgetcast.checks import complaint, require_integer, require_number
+from forgetcast.checks import complaint, require_choice, require_integer, require_number
 from forgetcast.methods.base import Batch, Model, Protection, State, TaskData
 from forgetcast.protect.parameters import leading, padded
-from forgetcast.protect.vulnerable import balanced_probes, outputs_of, tangent_of, vulnerable_modes
+from forgetcast.protect.spectral_head import stacked
+from forgetcast.protect.vulnerable import (
+    balanced_probes,
+    comparable_logits,
+    tangent_of,
+    tangent_of_later,
+    vulnerable_modes,
+)
 from forgetcast.tangent.jacobian import trainable
 
 
 @dataclass(frozen=True, eq=False)
 class HeldProbes:
-    """What a finished task leaves behind.
+    """What a finished task leaves behind in the form with probes.
 
     Attributes:
         inputs: (n, ...) the probes.
         patterns: u_j (k, n, c), orthonormal.
         reference: f_ref (n, c).
+        later: (m, n) modes of an output that came later; none where these are free.
         outputs: the c outputs seen when the task ended.
     """
 
     inputs: Float[Tensor, "n *shape"]
     patterns: Float[Tensor, "k n c"]
     reference: Float[Tensor, "n c"]
+    later: Float[Tensor, "m n"]
     outputs: tuple[int, ...]
 
     def energy(self, model: Model) -> Float[Tensor, ""]:
-        """`1/k sum_j (u_j^T [f - f_ref])^2` now. Cost: a pass of the probes, in evaluation mode, and 2 k n c."""
-        inputs = self.inputs.to(next(model.parameters()).device)
-        now = outputs_of(model, inputs, self.outputs)
-        gap = now.to(self.reference.dtype) - self.reference.to(now.device)
-        return (self.patterns.to(now.device).flatten(1) @ gap.flatten()).square().mean()
+        """The task's part of the penalty now, for mu = 1. Cost: a pass of the probes, and 2 k n c."""
+        device = next(model.parameters()).device
+        logits = comparable_logits(model, self.inputs.to(device)).to(self.reference.dtype)
+        gap = logits[:, list(self.outputs)] - self.reference.to(device)
+        along = self.patterns.to(device).flatten(1) @ gap.flatten()
+        beside = self.later.to(device) @ logits[:, _others(self.outputs, logits.shape[1])]
+        return (along.square().sum() + beside.square().sum()) / len(along)
 
 
 class SpectralProbes(Protection):
-    """The form with probes, exact for any network.
+    """The form with probes, for any network.
 
     Args:
         strength: mu.
         modes: k; more than a task has outputs on its probes means all of them, which is distillation of all outputs.
         probes: training samples kept of each task, balanced over labels.
-        seed: of their choice.
+        later: outputs that come later are "held" on the old probes, or "free".
+        seed: of the choice of probes.
 
     Attributes:
         held: what each finished task left behind.
 
-    Cost: every step, a pass forwards and backwards of all probes of all finished tasks: each u_j mixes all probes of
-    its task, so that there is no minibatch of them. Memory for each task: its probes and k n c numbers.
+    Cost: at every step a pass forwards and backwards of all probes of all finished tasks: each u_j mixes all probes of
+    its task, so that a minibatch of them would not do. Memory a task: its probes and k n c numbers.
     """
 
-    def __init__(self, strength: float = 1.0, modes: int = 10, *, probes: int = 100, seed: int = 0) -> None:
-        _require(strength, modes, probes)
+    def __init__(
+        self, strength: float = 1.0, modes: int = 100, *, probes: int = 100, later: str = "held", seed: int = 0
+    ) -> None:
+        _require(strength, modes, probes, later)
         self.strength = strength
         self.modes = modes
         self.probes = probes
+        self.later = later
         self.seed = seed
         self.held: list[HeldProbes] = []
 
@@ -83,8 +103,12 @@ class SpectralProbes(Protection):
         inputs = balanced_probes(task, self.probes, self.seed)
         patterns = vulnerable_modes(tangent_of(model, inputs, task.seen), self.modes)
         with torch.no_grad():
-            reference = _wide(outputs_of(model, inputs, task.seen))
-        self.held.append(HeldProbes(inputs, patterns.to(reference), reference, task.seen))
+            reference = _wide(comparable_logits(model, inputs)[:, list(task.seen)])
+        later = reference.new_zeros(0, len(inputs))
+        if self.later == "held":
+            later = vulnerable_modes(tangent_of_later(model, inputs), -(-self.modes // len(task.seen)))[:, :, 0]
+        parts = patterns.to(reference), reference, later.to(reference)
+        self.held.append(HeldProbes(inputs, *parts, task.seen))
 
     def state_dict(self) -> State:
         """All that is held, task by task."""
@@ -93,6 +117,7 @@ class SpectralProbes(Protection):
                 "inputs": held.inputs,
                 "patterns": held.patterns,
                 "reference": held.reference,
+                "later": held.later,
                 "outputs": list(held.outputs),
             }
             for i, held in enumerate(self.held)
@@ -111,72 +136,105 @@ class SpectralDirections(Protection):
 
         sum_tau 1/k_tau || S_tau (theta - theta_tau) ||^2 = || R (theta - theta_last) + g ||^2
 
-    R stacks the `S_tau / sqrt(k_tau)`, and g is what each row was off its own anchor when the last task ended. That is
-    exact for any number of tasks. Over `rank` rows, R and g are rotated to R's principal directions and the weakest
-    rows go: the penalty then lacks `|| R_gone (theta - theta_last) + g_gone ||^2`, whose gradient is at most
+    R stacks the `S_tau / sqrt(k_tau)`; g is what each row was off its own anchor when the last task ended. This is exact
+    for any number of tasks. Over `rank` rows, R and g are rotated to R's principal directions and the weakest rows go:
+    the penalty then lacks `|| R_gone (theta - theta_last) + g_gone ||^2`, whose gradient is at most
     `2 s (s || theta - theta_last || + || g_gone ||)`, s the largest singular value that went.
 
     Args:
         strength: mu.
         modes: k; more than a task has outputs on its probes means all of them.
         probes: training samples of each task, balanced over labels, whose modes are taken.
-        rank: rows kept over all tasks; None keeps k for each.
+        later: outputs that come later are "held", or "free".
+        rank: rows of R kept over all tasks; None keeps k for each.
         seed: of the choice of probes.
 
     Attributes:
         root: R, by parameter, (rows, *shape of the parameter when the last task ended).
         gap: g (rows,).
         anchor: theta_last, by parameter.
+        later_roots: of each task, what holds later rows [w b] of the head, (m, d + 1), and the outputs that are not
+            later.
 
-    Cost: 2 rows P every step, whatever the batch; memory rows P.
+    Cost: 2 rows P at every step, whatever the batch; memory rows P.
     """
 
     def __init__(
-        self, strength: float = 1.0, modes: int = 10, *, probes: int = 100, rank: int | None = None, seed: int = 0
+        self,
+        strength: float = 1.0,
+        modes: int = 100,
+        *,
+        probes: int = 100,
+        later: str = "held",
+        rank: int | None = None,
+        seed: int = 0,
     ) -> None:
-        _require(strength, modes, probes)
+        _require(strength, modes, probes, later)
         if rank is not None:
             require_integer("rank", rank, least=1)
         self.strength = strength
         self.modes = modes
         self.probes = probes
+        self.later = later
         self.rank = rank
         self.seed = seed
         self.root: dict[str, Tensor] = {}
         self.gap = torch.zeros(0)
         self.anchor: dict[str, Tensor] = {}
+        self.later_roots: list[tuple[Tensor, tuple[int, ...]]] = []
 
     def loss(self, model: Model, batch: Batch, logits: Float[Tensor, "n C"]) -> Tensor | None:  # noqa: ARG002
         """The penalty now; none in the first task."""
-        return self.strength * self._moved(model).square().sum() if self.root else None
+        if not self.root:
+            return None
+        total = self._moved(model).square().sum()
+        for root, outputs in self.later_roots:
+            rows = stacked(model.head)
+            total = total + (root.to(rows) @ rows[:, _others(outputs, rows.shape[1])]).square().sum()
+        return self.strength * total
 
     def end_task(self, model: Model, task: TaskData) -> None:
         """Add the directions of the task that ends. Cost: of `tangent_of` and `vulnerable_modes`, and k products."""
         parameters = trainable(model)
-        tangent = tangent_of(model, balanced_probes(task, self.probes, self.seed), task.seen)
+        inputs = balanced_probes(task, self.probes, self.seed)
+        tangent = tangent_of(model, inputs, task.seen)
         patterns = vulnerable_modes(tangent, self.modes)
-        S = tangent.transpose(patterns) / len(patterns) ** 0.5
-        columns = S.split([parameter.numel() for parameter in parameters.values()], 1)
-        new = {name: rows.view(-1, *parameters[name].shape) for name, rows in zip(parameters, columns, strict=True)}
-        with torch.no_grad():
-            off = self._moved(model)
-        values = {name: _wide(value) for name, value in model.named_parameters() if name in {**self.root, **new}}
-        for name, value in values.items():
-            nothing = value.new_zeros([0] * (value.ndim + 1))
-            parts = (self.root.get(name, nothing), len(off)), (new.get(name, nothing), len(S))
-            self.root[name] = torch.cat([padded(rows.to(value), (count, *value.shape)) for rows, count in parts])
-        self.gap = torch.cat([off, off.new_zeros(len(S))])
-        self.anchor = values
-        if self.rank is not None and len(self.gap) > self.rank:
-            self._truncate(self.rank)
+        scale = len(patterns) ** -0.5
+        columns = (scale * tangent.transpose(patterns)).split([values.numel() for values in parameters.values()], 1)
+        self._add(model, dict(zip(parameters, columns, strict=True)), len(patterns))
+        if self.later == "held":
+            own = tangent_of_later(model, inputs)
+            root = scale * own.transpose(vulnerable_modes(own, -(-self.modes // len(task.seen))))
+            self.later_roots.append((root.to(self.gap), task.seen))
 
     def state_dict(self) -> State:
-        """R, g and the anchor."""
-        return {"root": dict(self.root), "gap": self.gap, "anchor": dict(self.anchor)}
+        """R, g, the anchor, and what holds later outputs."""
+        later = {str(i): {"root": root, "outputs": list(seen)} for i, (root, seen) in enumerate(self.later_roots)}
+        return {"root": dict(self.root), "gap": self.gap, "anchor": dict(self.anchor), "later": later}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave."""
         self.root, self.gap, self.anchor = dict(state["root"]), state["gap"], dict(state["anchor"])
+        parts = [state["later"][str(i)] for i in range(len(state["later"]))]
+        self.later_roots = [(part["root"], tuple(part["outputs"])) for part in parts]
+
+    def _add(self, model: Model, new: Mapping[str, Float[Tensor, "k p"]], count: int) -> None:
+        """Stack new rows under R, and take the anchor here."""
+        with torch.no_grad():
+            off = self._moved(model)
+        named = {name: _wide(value) for name, value in model.named_parameters() if name in {**self.root, **new}}
+        for name, value in named.items():
+            nothing = value.new_zeros([0] * (value.ndim + 1))
+            old = padded(self.root.get(name, nothing).to(value), (len(off), *value.shape))
+            rows = new.get(name, value.new_zeros(count, value.numel()))
+            self.root[name] = torch.cat([old, rows.to(value).view(-1, *value.shape)])
+        self.gap = torch.cat([off, off.new_zeros(count)])
+        self.anchor = named
+        if self.rank is not None and len(self.gap) > self.rank:
+            gram = torch.stack([rows.double().flatten(1) @ rows.double().flatten(1).T for rows in self.root.values()])
+            rotation = torch.linalg.eigh(gram.sum(0)).eigenvectors[:, -self.rank :].flip(1).T
+            self.root = {name: torch.tensordot(rotation.to(rows), rows, 1) for name, rows in self.root.items()}
+            self.gap = rotation.to(self.gap) @ self.gap
 
     def _moved(self, model: Model) -> Float[Tensor, " rows"]:
         """`R (theta - theta_last) + g`."""
@@ -185,27 +243,27 @@ class SpectralDirections(Protection):
         if gone:
             raise complaint(
                 f"a model without the parameters {gone[:3]} that earlier tasks hold",
-                "all of them, trainable or not",
+                "all of them, whether or not they train",
                 "Keep the model's modules from task to task, or use the form with probes.",
             )
-        total = self.gap
+        total = self.gap.to(next(iter(named.values())).device)
         for name, rows in self.root.items():
-            anchor = self.anchor[name]
-            moved = leading(named[name], anchor.shape) - anchor.to(named[name].device)
-            total = total.to(moved.device) + rows.to(moved.device).flatten(1) @ moved.flatten()
+            anchor = self.anchor[name].to(total.device)
+            moved = leading(named[name], anchor.shape) - anchor
+            total = total + rows.to(moved).flatten(1) @ moved.flatten()
         return total
 
-    def _truncate(self, rank: int) -> None:
-        gram = sum(rows.double().flatten(1) @ rows.double().flatten(1).T for rows in self.root.values())
-        rotation = torch.linalg.eigh(torch.as_tensor(gram)).eigenvectors[:, -rank:].flip(1).T
-        self.root = {name: torch.tensordot(rotation.to(rows), rows, 1) for name, rows in self.root.items()}
-        self.gap = rotation.to(self.gap) @ self.gap
+
+def _others(outputs: Sequence[int], count: int) -> list[int]:
+    """Of `count` outputs those that are not among these."""
+    return sorted(set(range(count)) - set(outputs))
 
 
-def _require(strength: float, modes: int, probes: int) -> None:
+def _require(strength: float, modes: int, probes: int, later: str) -> None:
     require_number("strength", strength)
     require_integer("modes", modes, least=1)
     require_integer("probes", probes, least=1)
+    require_choice("later", later, ("held", "free"))
 
 
 def _wide(values: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from forgetcast.checks import complaint
+from forgetcast.heads.linear import Linear
 from forgetcast.methods.base import Model, TaskData
 from forgetcast.protect.parameters import evaluating
 from forgetcast.tangent.jacobian import jacobian, trainable
@@ -19,7 +20,10 @@ from forgetcast.tangent.operator import TangentOperator
 from forgetcast.tangent.products import Tangent, TangentMatrix
 
 MEMORY = 2**28
-"""Bytes that a Jacobian may take as a matrix, and its kernel a sixteenth of that: 256 MiB, and 1448 outputs."""
+"""Bytes that a Jacobian may take as a matrix: 256 MiB."""
+
+DENSE = 1500
+"""Up to that many outputs on all probes, all eigenvectors of a kernel are found in a few seconds."""
 
 
 def balanced_probes(task: TaskData, count: int, seed: int = 0) -> Float[Tensor, "n *shape"]:
@@ -28,7 +32,7 @@ def balanced_probes(task: TaskData, count: int, seed: int = 0) -> Float[Tensor, 
     Args:
         task: reads its samples.
         count: how many; more than there are means all.
-        seed: of the choice, a function of it and the task's index alone.
+        seed: of the choice, which is a function of it, the labels and the task's index.
 
     Raises:
         ValueError: a task without samples.
@@ -55,10 +59,10 @@ def balanced_probes(task: TaskData, count: int, seed: int = 0) -> Float[Tensor, 
     return torch.cat(parts)
 
 
-def outputs_of(model: Model, inputs: Float[Tensor, "n *shape"], outputs: Sequence[int]) -> Float[Tensor, "n c"]:
-    """Some outputs, in evaluation mode and full precision, so that they are comparable from step to step."""
+def comparable_logits(model: Model, inputs: Float[Tensor, "n *shape"]) -> Float[Tensor, "n C"]:
+    """Logits in evaluation mode and without autocast, so that they compare from step to step."""
     with evaluating(model), torch.autocast(inputs.device.type, enabled=False):
-        logits: Tensor = model(inputs)[:, list(outputs)]
+        logits: Tensor = model(inputs)
     return logits
 
 
@@ -76,38 +80,58 @@ def tangent_of(
     Raises:
         ValueError: nothing trains, or the outputs do not depend on it.
 
-    Cost: of the matrix, `jacobian`; of the operator, little.
+    Cost: of the matrix, that of `jacobian`; of the operator, little.
     """
     parameters = trainable(model)
     kept = list(outputs)
-    rows = len(inputs) * len(kept)
-    columns = sum(parameter.numel() for parameter in parameters.values())
-    if 8 * rows * columns <= memory and 8 * rows**2 <= memory / 16:
+    if 8 * len(inputs) * len(kept) * sum(parameter.numel() for parameter in parameters.values()) <= memory:
         matrix = jacobian(model, inputs, parameters, lambda logits: logits[:, kept], dtype=torch.float64)
         with torch.no_grad():
-            return TangentMatrix(matrix, outputs_of(model, inputs, kept))
+            return TangentMatrix(matrix, comparable_logits(model, inputs)[:, kept])
     return TangentOperator(model, inputs, dict(parameters), lambda logits: logits[:, kept])
+
+
+def tangent_of_later(model: Model, inputs: Float[Tensor, "n *shape"]) -> TangentMatrix:
+    """J of one output that is yet to come, with respect to its own row of a linear head: the features, and a 1 for b.
+
+    Its row is zero, so that nothing else moves it to first order.
+
+    Raises:
+        ValueError: a head that is not linear, whose new rows are not zero.
+    """
+    if not isinstance(model.head, Linear):
+        raise complaint(
+            f"later outputs to be held of a {type(model.head).__name__} head",
+            "a linear head, whose new outputs start at zero",
+            "Set later='free', or use a linear head.",
+        )
+    with torch.no_grad(), evaluating(model):
+        phi = model.features(inputs).double()
+    if model.head.bias is not None:
+        phi = torch.cat([phi, torch.ones_like(phi[:, :1])], 1)
+    return TangentMatrix(phi, torch.zeros_like(phi[:, :1]))
 
 
 def vulnerable_modes(tangent: Tangent, k: int) -> Float[Tensor, "k n c"]:
     """The k leading eigenvectors of `J J^T`, orthonormal, float64; all directions where there are no more than k.
 
-    Warns where the eigensolver stopped short: the modes are then orthonormal still, but not quite the leading ones.
+    Warns where the eigensolver stopped short: the modes are still orthonormal, but not quite the leading ones.
 
     Args:
         tangent: J of the probes.
         k: how many.
 
-    Cost: from a matrix `(n c)^2 P + 10 (n c)^3`; from an operator some 4 to 8 products with the kernel for each mode.
+    Cost: `(n c)^2 P + 10 (n c)^3` from a matrix of up to `DENSE` rows; else some 4 to 8 products with the kernel for
+    each mode.
     """
     n, c = tangent.samples, tangent.outputs
     device = tangent.value().device
     if k >= n * c:
         return torch.eye(n * c, dtype=torch.float64, device=device).view(-1, n, c)
-    if isinstance(tangent, TangentMatrix):
+    if isinstance(tangent, TangentMatrix) and n * c <= DENSE:
         J = tangent.matrix.double()
-        vectors = torch.linalg.eigh(J @ J.T).eigenvectors
-        return vectors[:, -k:].flip(1).T.reshape(k, n, c).contiguous()
+        top: Tensor = torch.linalg.eigh(J @ J.T).eigenvectors[:, -k:].flip(1)
+        return top.T.reshape(k, n, c)
     found = leading_modes(tangent.kernel, (n, c), k, block=c, device=device)
     if not found.converged:
         warnings.warn(

@@ -5,6 +5,7 @@ anchors the optimiser is followed in feature space at no cost in passes. With th
 step it is the run.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,8 +19,8 @@ from forgetcast.forecast.network.draw import Draw
 from forgetcast.forecast.network.head import Network
 from forgetcast.forecast.network.plan import Budget
 from forgetcast.forecast.network.samples import Samples
-from forgetcast.forecast.network.steps import ExpectedStep
-from forgetcast.forecast.network.surrogate import Objective, Surrogate, directed, surrogate
+from forgetcast.forecast.network.steps import Batching, ExpectedStep
+from forgetcast.forecast.network.surrogate import Objective, Surrogate, directed, joined, surrogate
 from forgetcast.forecast.simulate import batches
 from forgetcast.forecast.training import SGD, AdamW, GradientDescent, Training, clip_factor
 from forgetcast.tangent.passes import Work, prepared
@@ -54,6 +55,7 @@ class Path:
     Attributes:
         places: after each step asked for.
         surrogates: one an anchor; kept only where they are wanted again.
+        window: how many of them are in use together.
         blind: for each step, the share of the gradient outside the surrogate's directions.
         misses: for each anchor but the first, squared error and squared size of the change that the one before it
             predicted along the directions of a few samples.
@@ -61,6 +63,7 @@ class Path:
 
     places: dict[int, Place]
     surrogates: tuple[Surrogate, ...]
+    window: int
     blind: tuple[float, ...]
     misses: tuple[tuple[float, float], ...]
 
@@ -73,26 +76,42 @@ class Path:
 
 @dataclass
 class Walker:
-    """The optimiser's state along a path."""
+    """The optimiser's state along a path, and the surrogates in use.
+
+    Attributes:
+        net: for what trains in the head.
+        training: what is followed.
+        place: the parameters now.
+        batching: of the run.
+        window: how many surrogates are in use together, the newest at hand and those before it.
+        blind: for each step, the share of the gradient outside the directions kept.
+    """
 
     net: Network
     training: SGD | AdamW | GradientDescent
     place: Place
-    batch: float
+    batching: Batching
+    window: int = 1
     blind: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         parts = (self.place.theta, self.place.weight, self.place.bias)
-        self.states = [ExpectedStep(self.training, part.clone(), self.batch) for part in parts]
-        self.near: Surrogate | None = None
-        self.squares = self.place.theta
+        self.states = [ExpectedStep(self.training, part.clone(), self.batching) for part in parts]
+        self.recent: deque[Surrogate] = deque(maxlen=self.window)
+        self.taken: list[tuple[int, float]] = []
 
-    def step(self, near: Surrogate) -> None:
-        """One step on a surrogate."""
-        place = self.place
-        if near is not self.near:
-            self.near, self.squares = near, near.gradients.square()
+    def take(self, newest: Surrogate) -> None:
+        """From here on use this surrogate too."""
+        self.recent.append(newest)
+        self.taken.append((len(self.blind), newest.effective))
+        self.near = joined(tuple(self.recent))
+        self.squares = self.near.gradients.square()
+
+    def step(self) -> None:
+        """One step on the surrogates in use."""
+        place, near = self.place, self.near
         body, rows, bias, blind = near.slopes(place.theta, place.weight, place.bias, self.squares)
+        lately = self.lately()
         self.blind.append(blind)
         moving = [len(place.theta) > 0, "weight" in self.net.of_head, "bias" in self.net.of_head]
         values, slopes = (place.theta, place.weight, place.bias), (body, rows, bias)
@@ -104,7 +123,15 @@ class Walker:
             square = sum(state.expected_square(value, slope, near.effective) for state, value, slope in parts)
             factor = clip_factor(self.training, max(square, 0.0) ** 0.5)
         for state, value, slope in parts:
-            state.step(value, slope, near.effective, factor)
+            state.step(value, slope, near.effective, lately, factor)
+
+    def lately(self) -> float:
+        """Samples that were in use within the steps that the momentum remembers, about (1 + beta) / (1 - beta) / 2."""
+        beta = self.training.betas[0] if isinstance(self.training, AdamW) else 0.0
+        since = len(self.blind) - (1 + beta) / (1 - beta) / 2
+        ends = [step for step, _ in self.taken[self.window :]]
+        dropped = sum(end <= since for end in ends)
+        return sum(size for _, size in self.taken[dropped:])
 
     def check(self) -> None:
         """Raise if the path has left the finite numbers."""
@@ -142,6 +169,7 @@ def anchored_path(
     plan: Budget,
     drawn: Draw,
     *,
+    population: int | None = None,
     keep: bool = True,
     on_step: Callable[[int], None] = lambda _: None,
 ) -> Path:
@@ -149,10 +177,11 @@ def anchored_path(
 
     Args:
         net: the model, at the start of the training; its parameters move and are put back.
-        new: all new samples.
+        new: the new samples to draw from.
         training: minibatches, or full batches.
         plan: where the anchors are, and after which steps the place is wanted.
         drawn: which samples an anchor takes.
+        population: new samples of the training, where `new` are some of them.
         keep: whether the surrogates are kept, for what-ifs.
         on_step: called with the number of each step that is done.
 
@@ -161,23 +190,23 @@ def anchored_path(
 
     Cost: one pass forward and backward for every anchor sample; 7 n P a step besides.
     """
-    batch = batch_of(training, len(new))
+    batching = batching_of(training, population or len(new))
     start = Place(net.theta(), net.weight(), net.bias())
-    walker = Walker(net, training, start.copy(), batch)
+    walker = Walker(net, training, start.copy(), batching, plan.window)
     anchors = dict(plan.anchors)
     order = batches(training, len(new)) if plan.exact and not isinstance(training, GradientDescent) else None
     kept: list[Surrogate] = []
     misses: list[tuple[float, float]] = []
     places: dict[int, Place] = {0: start} if 0 in plan.readings else {}
-    near: Surrogate | None = None
+    newest: Surrogate | None = None
     taken = torch.empty(0, dtype=torch.int64)
     steps, index, device = max(plan.readings), 0, net.device
     with net.restored(), surveyed(net, new, training) as work:
         for step in range(steps):
             if step in anchors:
                 net.put(walker.place.theta, walker.place.weight, walker.place.bias)
-                if near is not None and plan.checks:
-                    misses.append(_miss(net, new, near, taken, walker.place, plan.checks))
+                if newest is not None and plan.checks:
+                    misses.append(_miss(net, new, newest, taken, walker.place, plan.checks))
                 if order is not None:
                     taken = next(order)
                     weights = torch.full((len(taken),), 1.0 / len(taken), dtype=torch.float64)
@@ -189,20 +218,20 @@ def anchored_path(
                 chosen = new.at(taken).to(device)
                 weights = weights.to(walker.place.weight)
                 ahead = None if plan.exact or step > 0 else _sight(net, chosen, training, weights, walker)
-                near = surrogate(net, work, chosen, training, weights, step, ahead)
+                newest = surrogate(net, work, chosen, training, weights, step, ahead)
+                walker.take(newest)
                 index += 1
                 if plan.exact:
                     for state in walker.states:
-                        state.batch = near.effective
+                        state.batching = replace(batching, size=newest.effective)
                 if keep:
-                    kept.append(near)
-            assert near is not None
-            walker.step(near)
+                    kept.append(newest)
+            walker.step()
             if step + 1 in plan.readings:
                 walker.check()
                 places[step + 1] = walker.place.copy()
             on_step(step + 1)
-    return Path(places, tuple(kept), tuple(walker.blind), tuple(misses))
+    return Path(places, tuple(kept), plan.window, tuple(walker.blind), tuple(misses))
 
 
 def follow(
@@ -211,7 +240,8 @@ def follow(
     start: Place,
     surrogates: Sequence[Surrogate],
     steps: Sequence[int],
-    batch: float,
+    batching: Batching,
+    window: int = 1,
     turns: Sequence[int] | None = None,
 ) -> Path:
     """Follow a training along surrogates that were taken before, without the model.
@@ -222,30 +252,31 @@ def follow(
         start: of the path.
         surrogates: in order.
         steps: after which the place is wanted, rising.
-        batch: b, samples in a batch of the run.
+        batching: of the run.
+        window: how many surrogates are in use together, the newest at hand and those before it.
         turns: from which step on each surrogate is used; by default from its own.
     """
-    walker = Walker(net, training, start.copy(), batch)
+    walker = Walker(net, training, start.copy(), batching, window)
     turns = [near.step for near in surrogates] if turns is None else turns
     places: dict[int, Place] = {0: start} if 0 in steps else {}
-    index = 0
+    waiting = deque(zip(turns, surrogates, strict=True))
     for step in range(max(steps, default=0)):
-        while index + 1 < len(surrogates) and turns[index + 1] <= step:
-            index += 1
-        walker.step(surrogates[index])
+        while waiting and (waiting[0][0] <= step or (step == 0 and not walker.recent)):
+            walker.take(waiting.popleft()[1])
+        walker.step()
         if step + 1 in steps:
             walker.check()
             places[step + 1] = walker.place.copy()
-    return Path(places, tuple(surrogates), tuple(walker.blind), ())
+    return Path(places, tuple(surrogates), window, tuple(walker.blind), ())
 
 
-def batch_of(training: SGD | AdamW | GradientDescent, rows: int) -> float:
-    """Samples in a batch of a training; the mean of a given order."""
+def batching_of(training: SGD | AdamW | GradientDescent, rows: int) -> Batching:
+    """How a training draws from so many samples."""
     if isinstance(training, GradientDescent):
-        return float(rows)
+        return Batching(float(rows), rows)
     if training.order is not None:
-        return sum(len(batch) for batch in training.order) / max(len(training.order), 1)
-    return float(min(training.batch_size, rows))
+        return Batching(sum(len(batch) for batch in training.order) / max(len(training.order), 1), rows)
+    return Batching(float(min(training.batch_size, rows)), rows)
 
 
 def _sight(
@@ -256,7 +287,7 @@ def _sight(
         return None
     near = surrogate(net, None, chosen, training, weights, 0)
     first = Place(near.features.new_zeros(0), walker.place.weight, walker.place.bias)
-    ahead = follow(net, training, first, [near], [min(SIGHT_STEPS, training.steps)], walker.batch)
+    ahead = follow(net, training, first, [near], [min(SIGHT_STEPS, training.steps)], walker.batching)
     (place,) = ahead.places.values()
     return place.weight, place.bias
 

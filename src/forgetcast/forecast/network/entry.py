@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from math import ceil
 from time import perf_counter
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from forgetcast.checks import complaint, require_choice, require_finite, require_integer, require_number
 from forgetcast.forecast.linear import forecast_linear
-from forgetcast.forecast.network.anchored import Path, Place, anchored_path, batch_of, follow
+from forgetcast.forecast.network.anchored import Path, Place, anchored_path, batching_of, follow
 from forgetcast.forecast.network.draw import draw
 from forgetcast.forecast.network.head import Network, network
 from forgetcast.forecast.network.pilot import trained_path
@@ -18,7 +19,8 @@ from forgetcast.forecast.network.placed import place_rows
 from forgetcast.forecast.network.plan import FORWARD, HALF_OLD, Budget, plan_anchors
 from forgetcast.forecast.network.result import NetworkForecast, Reading
 from forgetcast.forecast.network.samples import Samples, samples_of
-from forgetcast.forecast.network.surrogate import Objective, Surrogate
+from forgetcast.forecast.network.steps import Batching
+from forgetcast.forecast.network.surrogate import Objective
 from forgetcast.forecast.network.trust import Trust
 from forgetcast.forecast.path import check_seen, describe
 from forgetcast.forecast.result import Cost
@@ -117,12 +119,12 @@ def forecast(
         if estimator in ("linear", "static"):
             return _closed(net, before, old_samples, new_samples, training, described, estimator, started)
         assert isinstance(training, SGD | AdamW | GradientDescent)
-        batch = batch_of(training, len(new_samples))
+        batching = batching_of(training, len(new_samples))
         degenerate = _degenerate(net, new_samples, training)
         look = scores is None and not degenerate and estimator == "anchored"
         plan = plan_anchors(
             steps=training.steps,
-            batch=round(batch),
+            batch=round(batching.size),
             new=len(new_samples) if samples_new is None else min(samples_new, len(new_samples)),
             old=len(old_samples),
             budget=budget,
@@ -137,7 +139,7 @@ def forecast(
         readings = (before, *(_read_at(net, old_samples, step, place) for step, place in sorted(path.places.items())))
         sampling = None
         if path.surrogates and not plan.exact and max(len(near) for near in path.surrogates) > 1:
-            sampling = _sampling_error(net, old_samples, training, path, readings, batch)
+            sampling = _sampling_error(net, old_samples, training, path, readings, batching)
     blind = sum(path.blind) / max(len(path.blind), 1)
     passes = {"old": len(readings) - 1 + (sampling is not None), "new": round(plan.new_cost / len(new_samples))}
     return NetworkForecast(
@@ -150,10 +152,11 @@ def forecast(
         trust=Trust(sampling, path.surrogate_error, blind, degenerate, plan.exact),
         share_of_run=plan.share,
         readings=readings,
-        batch=batch,
+        batching=batching,
         training=training,
         _net=net,
         _surrogates=path.surrogates,
+        _window=path.window,
     )
 
 
@@ -293,7 +296,8 @@ def _anchored(
         assert pool.targets is not None
         scores = _errors(net, net.features(pool.to(net.device)), pool.targets, training)
     drawn = draw(pool.targets, len(pool), scores, seed)
-    return anchored_path(net, pool, training, plan, drawn, keep=not plan.exact, on_step=on_step)
+    keep = not plan.exact
+    return anchored_path(net, pool, training, plan, drawn, population=len(new), keep=keep, on_step=on_step)
 
 
 def _pilot(
@@ -311,10 +315,10 @@ def _pilot(
     reading = FORWARD * old * len(plan.readings)
     samples = int((budget * plan.run - reading) / training.steps)
     if samples < 1:
+        least = max(1.5 * training.steps, training.steps + FORWARD * old)
         raise complaint(
-            f"budget={budget:g} for a pilot of {training.steps} steps x {plan.run // training.steps} samples, with {old} "
-            "old samples to read",
-            f"at least {(training.steps + reading) / plan.run:.3g}, one sample a step",
+            f"budget={budget:g} for a pilot of {training.steps} steps, with {old} old samples to read",
+            f"at least {ceil(1000 * least / plan.run) / 1000:g}: one sample a step, two thirds of the budget",
             "Raise budget, or choose 'anchored'.",
         )
     path = trained_path(net, new, training, plan.readings, samples=samples, on_step=on_step)
@@ -338,12 +342,12 @@ def _sampling_error(
     training: SGD | AdamW | GradientDescent,
     path: Path,
     readings: Sequence[Reading],
-    batch: float,
+    batching: Batching,
 ) -> float | None:
     """How far the old drift moves when the path is followed with every other sample of each anchor."""
     halves = [near.part(torch.arange(0, len(near), 2)) for near in path.surrogates]
     step = readings[-1].step
-    place = follow(net, training, readings[0].place, halves, [step], batch).places[step]
+    place = follow(net, training, readings[0].place, halves, [step], batching, path.window).places[step]
     few = torch.linspace(0, len(old) - 1, min(len(old), HALF_OLD)).long()
     before = readings[0].logits[few.to(net.device)]
     drift = readings[-1].logits[few.to(net.device)] - before
@@ -399,10 +403,12 @@ def _closed(
         with net.restored(), torch.no_grad():
             parts = torch.split(found.delta, [every[name].numel() for name in found.names])
             for name, part in zip(found.names, parts, strict=True):
-                every[name] += part.view_as(every[name]).to(every[name])
+                every[name].add_(part.view_as(every[name]).to(every[name]))
             end = _read_old(net, old, steps, Place(net.theta(), net.weight(), net.bias()))
-    batch = batch_of(training, len(new)) if isinstance(training, SGD | AdamW | GradientDescent) else float(len(new))
-    run = steps * batch
+    batching = Batching(float(len(new)), len(new))
+    if isinstance(training, SGD | AdamW | GradientDescent):
+        batching = batching_of(training, len(new))
+    run = steps * batching.size
     units = len(new) * sum([cost.passes.get("new", 0) * FORWARD])
     return NetworkForecast(
         drift=drift,
@@ -414,7 +420,7 @@ def _closed(
         trust=trust,
         share_of_run=units / run if run else 0.0,
         readings=(before, end),
-        batch=batch,
+        batching=batching,
         training=training,
         _net=net,
         _surrogates=(),

@@ -176,7 +176,7 @@ def _input_of(given: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
 def _linear(head: nn.Linear, features: Tensor, logits: Tensor) -> bool:
     with torch.no_grad():
         error = nn.functional.linear(features, head.weight, head.bias) - logits
-    return float(error.norm()) <= torch.finfo(logits.dtype).eps ** 0.5 * float(logits.norm())
+    return bool(error.norm() <= torch.finfo(logits.dtype).eps ** 0.5 * logits.norm())
 
 
 def _shared(model: nn.Module, head: nn.Linear) -> bool:

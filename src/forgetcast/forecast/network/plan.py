@@ -7,7 +7,9 @@ from forgetcast.checks import complaint
 
 FORWARD = 0.47
 """A forward pass in units of one forward and one backward pass, where frozen weights take no gradient."""
-ANCHOR_ROWS = 32
+ANCHOR_ROWS = 8
+WINDOW_ROWS = 32
+"""Samples that the gradient is averaged over: those of the last few anchors."""
 LOOK_SHARE = 0.3
 LEAST_ROWS = 4
 HALF_OLD = 128
@@ -24,6 +26,7 @@ class Budget:
         looked: new samples of which only the loss is read, to draw hard ones more often.
         readings: steps after which the old samples are read.
         checks: samples an anchor that are read again to test the one before it.
+        window: anchors whose samples are in use together.
         cost: of all that.
         new_cost: the new samples' part of it.
         exact: whether every step has its own batch as anchor: the run itself.
@@ -34,6 +37,7 @@ class Budget:
     looked: int
     readings: tuple[int, ...]
     checks: int
+    window: int
     cost: float
     new_cost: float
     exact: bool
@@ -60,7 +64,7 @@ def plan_anchors(
     """Spend `budget` of the cost of a run of `steps` batches.
 
     A look at the losses of all new samples gets at most a third of the budget, old readings what they cost, anchors the
-    rest: evenly, every few steps, with `anchor_rows` samples each and twice as many at the start.
+    rest: evenly, as often as they can be paid for with `anchor_rows` samples each, and more samples at the start.
 
     Args:
         steps: of the run.
@@ -79,10 +83,10 @@ def plan_anchors(
     """
     run = steps * batch
     if steps == 0:
-        return Budget(0, (), 0, (0,), 0, 0.0, 0.0, exact=True)
+        return Budget(0, (), 0, (0,), 0, 1, 0.0, 0.0, exact=True)
     if budget >= 1:
         at, anchors = reading_steps(steps, readings), tuple((k, batch) for k in range(steps))
-        return Budget(run, anchors, 0, at, 0, run + FORWARD * old * len(at), float(run), exact=True)
+        return Budget(run, anchors, 0, at, 0, 1, run + FORWARD * old * len(at), float(run), exact=True)
     units = budget * run
     reading = FORWARD * old
     extra = FORWARD * min(old, HALF_OLD) if half else 0.0
@@ -98,15 +102,17 @@ def plan_anchors(
             f"at least {ceil(1000 * least / run) / 1000:g}",
             "Raise budget, or give fewer old samples.",
         )
-    rows = min(anchor_rows, new, max(LEAST_ROWS, int(left / 3)))
+    rows = min(max(anchor_rows, int(left / steps)), new, max(LEAST_ROWS, int(left / 3)))
+    first_rows = max(2 * rows, min(2 * WINDOW_ROWS, int(left / 4)))
+    window = ceil(WINDOW_ROWS / rows)
     checks = max(1, rows // 8)
-    number = min(max(1, int((left - rows * (2 * first_price - 1)) / (rows + FORWARD * checks))), steps)
-    first = min(2 * rows if number > 1 else int(left / first_price), new)
+    number = min(max(1, 1 + int((left - first_rows * first_price) / (rows + FORWARD * checks))), steps)
+    first = min(first_rows if number > 1 else int(left / first_price), new)
     places = [round(k * steps / number) for k in range(number)]
     anchors = tuple((step, rows if step else first) for step in places)
     new_cost = (number - 1) * (rows + FORWARD * checks) + first * first_price + FORWARD * looked
     cost = new_cost + extra + count * reading
-    return Budget(run, anchors, looked, reading_steps(steps, count), checks, cost, new_cost, exact=False)
+    return Budget(run, anchors, looked, reading_steps(steps, count), checks, window, cost, new_cost, exact=False)
 
 
 def reading_steps(steps: int, count: int) -> tuple[int, ...]:

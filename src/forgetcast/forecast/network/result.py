@@ -13,6 +13,7 @@ from torch import Tensor
 from forgetcast.checks import complaint, require_integer, require_number
 from forgetcast.forecast.network.anchored import Path, Place, follow
 from forgetcast.forecast.network.head import Network
+from forgetcast.forecast.network.steps import Batching
 from forgetcast.forecast.network.surrogate import Surrogate
 from forgetcast.forecast.network.trust import Trust
 from forgetcast.forecast.path import describe
@@ -73,7 +74,7 @@ class NetworkForecast(Forecast):
         trust: what it found out about itself.
         share_of_run: cost relative to the training, counted in passes forward and backward of one sample.
         readings: old features along the path, the start first.
-        batch: samples in a batch of the training.
+        batching: how the training draws its samples.
         training: what was forecast.
     """
 
@@ -81,10 +82,11 @@ class NetworkForecast(Forecast):
     trust: Trust
     share_of_run: float
     readings: tuple[Reading, ...]
-    batch: float
+    batching: Batching
     training: Training
     _net: Network
     _surrogates: tuple[Surrogate, ...]
+    _window: int = 1
 
     @property
     def start(self) -> Place:
@@ -251,7 +253,7 @@ class NetworkForecast(Forecast):
         scale = was / now if isinstance(was, float | int) and isinstance(now, float | int) else 1.0
         turns = [round(near.step * scale) for near in self._surrogates]
         rising = sorted(set(steps))
-        return follow(self._net, training, self.start, self._surrogates, rising, self.batch, turns)
+        return follow(self._net, training, self.start, self._surrogates, rising, self.batching, self._window, turns)
 
     def _new_accuracy(self, step: int, place: Place) -> float:
         near = [near for near in self._surrogates if near.step <= max(step - 1, 0)][-1]

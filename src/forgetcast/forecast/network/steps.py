@@ -1,12 +1,20 @@
 r"""Optimisers along their expected path: what a step does on average over minibatches, noise included.
 
-A minibatch gradient has the mean g and the variance s / b. Plain SGD follows g. Adam divides by the root of the second
-moment of what it sees,
+A minibatch of b of all N samples, drawn without replacement, has a gradient of mean g and variance s v(b),
 
-    E[g_b^2] = g^2 + s / b        (for each parameter; b the batch size of the run)
+    v(b) = (N - b) / (b (N - 1))        with s the spread of per-sample gradients; v(1) = 1, v(N) = 0
 
-so a forecast that knows the spread s of per-sample gradients can follow the run's expected path without its noise. With
-n samples at hand, mean^2 is too large by s / n, which is taken off.
+Plain SGD follows g. Adam divides by the root of the second moment of what it sees,
+
+    E[g_b^2] = g^2 + s v(b)             (for each parameter)
+
+so a forecast that knows s can follow the run's expected path without its noise. With n samples at hand, mean^2 is too
+large by s v(n), which is taken off.
+
+What the samples at hand leave uncertain of the momentum m, s v(n') with n' those that it still remembers, is no
+direction of the run's: m is shrunk, parameter by parameter, as a Wiener filter does,
+
+    m <- m  m^2 / (m^2 + s v(n'))
 
 Where n = b and every sample is the run's own, the correction vanishes and these are `torch.optim.SGD` and `AdamW`.
 """
@@ -19,8 +27,27 @@ from torch import Tensor
 from forgetcast.forecast.network.surrogate import Slope
 from forgetcast.forecast.training import SGD, AdamW, GradientDescent, rate_at
 
+TINY = 1e-30
 STRIDE = 1.5
 """Largest step of a parameter in units of the learning rate, where its noise is guessed from fewer samples than b."""
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How a training draws its samples.
+
+    Attributes:
+        size: b, samples in a batch; the mean, where they differ.
+        population: N, samples that the batches are drawn from.
+    """
+
+    size: float
+    population: int
+
+    def noise(self, samples: float) -> float:
+        """v(n): variance of the mean of n samples, in units of the spread of one."""
+        others = self.population - 1
+        return max(self.population - samples, 0.0) / (samples * others) if others else 0.0
 
 
 @dataclass
@@ -30,12 +57,12 @@ class ExpectedStep:
     Attributes:
         training: what is forecast.
         start: the parameters at the start, for the drift penalty.
-        batch: b, samples in a batch of the run.
+        batching: b and N.
     """
 
     training: SGD | AdamW | GradientDescent
     start: Tensor
-    batch: float
+    batching: Batching
     count: int = 0
     first: Tensor = field(init=False)
     second: Tensor = field(init=False)
@@ -51,13 +78,14 @@ class ExpectedStep:
         gradient, _, seen = self._moments(value, slope, samples)
         return float(gradient.square().sum() if seen is None else seen.sum())
 
-    def step(self, value: Tensor, slope: Slope, samples: float, factor: float = 1.0) -> None:
+    def step(self, value: Tensor, slope: Slope, samples: float, lately: float, factor: float = 1.0) -> None:
         """Move `value` by one step of the run.
 
         Args:
             value: the parameters, changed in place.
             slope: mean and mean square of per-sample gradients.
             samples: n, the effective number of samples behind the slope.
+            lately: samples behind the slopes that the momentum still remembers.
             factor: by which gradients are clipped.
         """
         training = self.training
@@ -76,23 +104,28 @@ class ExpectedStep:
         if seen is None or spread is None:
             seen = gradient.square()
         else:
-            self.noise.mul_(beta2).add_(spread, alpha=(1 - beta2) / self.batch)
+            self.noise.mul_(beta2).add_(spread, alpha=(1 - beta2) * self.batching.noise(self.batching.size))
         self.second.mul_(beta2).add_(seen, alpha=1 - beta2)
         unbiased = torch.maximum(self.second, self.noise) / (1 - beta2**self.count)
-        stride = self.first / (1 - beta1**self.count) / unbiased.sqrt_().add_(training.epsilon)
+        direction = self.first / (1 - beta1**self.count)
+        if spread is not None:
+            uncertain = spread * self.batching.noise(lately)
+            direction *= direction.square() / (direction.square() + uncertain).clamp_min(TINY)
+        stride = direction / unbiased.sqrt_().add_(training.epsilon)
         value.sub_(stride if spread is None else stride.clamp_(-STRIDE, STRIDE), alpha=rate)
 
     def _moments(self, value: Tensor, slope: Slope, samples: float) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Expected gradient; spread of per-sample gradients and expected square, or None twice where n = b."""
         training = self.training
-        scale = 1.0 if training.reduction == "mean" else self.batch
+        scale = 1.0 if training.reduction == "mean" else self.batching.size
         mean = slope.mean.view_as(value) * scale
         gradient = mean + training.drift_penalty * (value - self.start) if training.drift_penalty else mean
-        if samples == self.batch:
+        if samples == self.batching.size:
             return gradient, None, None
         spread = (slope.second.view_as(value) * scale**2 - mean.square()).clamp_min_(0)
-        spread *= samples / max(samples - 1, 0.5)
-        return gradient, spread, gradient.square() + spread * (1 / self.batch - 1 / samples)
+        noise = self.batching.noise
+        spread *= 1 / max(1 - noise(samples), 1 / 3)  # n samples spread less about their own mean than about g
+        return gradient, spread, gradient.square() + spread * (noise(self.batching.size) - noise(samples))
 
     def _descend(self, value: Tensor, gradient: Tensor, rate: float) -> None:
         training = self.training

@@ -10,7 +10,7 @@ features' motion: a fresh head whose rows are equal has no tangent in theta, and
 of any loss follow by the chain rule; `blind` says which share of them falls outside the directions kept.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -86,7 +86,7 @@ class Slope:
 
 @dataclass(frozen=True, eq=False)
 class Surrogate:
-    """Some new samples at an anchor.
+    """Some new samples, each at its anchor.
 
     Attributes:
         features: (n, d) phi_i at the anchor.
@@ -159,6 +159,24 @@ class Surrogate:
             objective=replace(self.objective, targets=self.objective.targets[chosen.to(self.objective.targets.device)]),
             weights=weights / weights.sum(),
         )
+
+
+def joined(parts: Sequence[Surrogate]) -> Surrogate:
+    """Samples of several anchors as one surrogate; each sample keeps its own anchor."""
+    if len(parts) == 1:
+        return parts[0]
+    sizes = [part.effective for part in parts]
+    weights = torch.cat([part.weights * (size / sum(sizes)) for part, size in zip(parts, sizes, strict=True)])
+    targets = torch.cat([part.objective.targets for part in parts])
+    return Surrogate(
+        torch.cat([part.features for part in parts]),
+        torch.cat([part.directions for part in parts]),
+        torch.cat([part.gradients for part in parts]),
+        torch.cat([part.offsets for part in parts]),
+        replace(parts[-1].objective, targets=targets),
+        weights,
+        parts[-1].step,
+    )
 
 
 def surrogate(

@@ -1,0 +1,89 @@
+"""The page of a forecast: one small HTML file without a script, drawn from its record alone."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from forgetcast.checks import complaint
+from forgetcast.report import forecast_figures
+from forgetcast.report.page import check_schema, flatten, replace_file, script_json, template
+from forgetcast.report.run_figures import svg
+from forgetcast.report.run_page import Figure
+
+_NEEDED = ("forecast", "frontier", "safe", "per_class", "per_task", "calibration", "definitions")
+_SETTINGS = (
+    "settings",
+    "seed",
+    "class_order",
+    "split_hash",
+    "weights_hash",
+    "source",
+    "scenario",
+    "recipe_hash",
+    "recipe",
+    "versions",
+    "created",
+    "seconds",
+)
+_DEFINED = ("old_accuracy", "drop", "interval", "new_accuracy", "expected_cosine", "share_of_run", "relative_drift")
+_MEASURED = ("accuracy_error", "cosine", "relative_error", "rank_correlation", "broken_precision", "broken_recall")
+
+
+def is_forecast(record: Mapping[str, Any]) -> bool:
+    """Whether a record is that of a forecast (`forgetcast forecast`)."""
+    return record.get("kind") == "forecast"
+
+
+def write_forecast_report(record: Mapping[str, Any], folder: Path) -> Path:
+    """Write `forecast.html` into `folder`, at once or not at all.
+
+    Args:
+        record: of a forecast.
+        folder: made if it does not exist.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ValueError: the record has another schema, lacks what the page shows, or has a number that JSON does not know.
+    """
+    page = render_forecast_page(record)
+    folder.mkdir(parents=True, exist_ok=True)
+    return replace_file(folder / "forecast.html", page.encode())
+
+
+def render_forecast_page(record: Mapping[str, Any]) -> str:
+    """The page as HTML text.
+
+    Raises:
+        ValueError: as for `write_forecast_report`.
+    """
+    check_schema(record)
+    missing = [key for key in _NEEDED if key not in record]
+    if missing:
+        raise complaint(
+            f"got a record without {missing}", "the record of a forecast of this version", "Forecast again."
+        )
+    return template("forecast.html.j2").render(
+        record=record,
+        record_json=script_json(record),
+        method=record["recipe"]["method"]["name"],
+        figures=list(_figures(record)),
+        defined=_DEFINED if record["calibration"] is None else (*_DEFINED, *_MEASURED),
+        measured=() if record["calibration"] is None else _MEASURED,
+        settings=[line for name in _SETTINGS if name in record for line in flatten(name, record[name])],
+    )
+
+
+def _figures(record: Mapping[str, Any]) -> Iterator[Figure]:
+    yield Figure(
+        "frontier",
+        svg(forecast_figures.frontier(record), "frontier"),
+        "What a shorter training of the same kind would keep and learn; the first point is the model as it is. Dashed "
+        "across: the limit. Dotted: the last step within it. Ring: what was measured, if it was.",
+    )
+    yield Figure(
+        "by-class",
+        svg(forecast_figures.by_class(record), "by-class"),
+        "Pale bar: now. Orange tick: forecast. Solid bar: measured, if it was. The largest forecast drop comes first.",
+    )

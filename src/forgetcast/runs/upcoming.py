@@ -1,0 +1,209 @@
+"""The task that a run is about to learn, as a forecast takes it: model, samples, training, and what it leaves out."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from forgetcast.checks import complaint
+from forgetcast.forecast.training import SGD, AdamW
+from forgetcast.heads.linear import Linear
+from forgetcast.learn.optimizer import Optimization
+from forgetcast.learn.samples import Samples
+from forgetcast.learn.seeding import epoch_order
+from forgetcast.methods.base import Method, Model
+from forgetcast.runs.assembly import Assembly
+
+
+@dataclass(frozen=True, eq=False)
+class Upcoming:
+    """Task `index`, begun and not trained.
+
+    Attributes:
+        index: of the task.
+        model: gives logits; shares the parameters of the method's model.
+        trained: names of those of its parameters that the method trains.
+        places: (n,) of the old samples in the source.
+        tasks: (n,) which earlier task each is from.
+        old: their inputs and outputs.
+        new: inputs and outputs of what the task trains on, in the order that the training's batches refer to.
+        training: what the loop will do.
+        answers_now: (n, C) among which outputs a prediction for each old sample chooses before the task.
+        answers_then: the same after it.
+        left_out: what the run does beyond this, in words.
+    """
+
+    index: int
+    model: nn.Module
+    trained: tuple[str, ...]
+    places: Int[np.ndarray, " n"]
+    tasks: Int[np.ndarray, " n"]
+    old: tuple[Tensor, Tensor]
+    new: tuple[Tensor, Tensor]
+    training: SGD | AdamW
+    answers_now: Bool[Tensor, "n C"]
+    answers_then: Bool[Tensor, "n C"]
+    left_out: tuple[str, ...]
+
+
+def require_steps(method: Method, name: str, index: int) -> None:
+    """Raise unless task `index` is one of gradient steps that a forecast can describe."""
+    if not method.takes_steps(index):
+        raise complaint(
+            f"{name} takes no gradient step in task {index}",
+            "a method that learns it by gradient",
+            "Nothing has to be forecast of a closed form: `forgetcast run` solves each task in one reading.",
+        )
+    if method.plain_outputs() is None:
+        raise complaint(
+            f"{name}, which is more than fine-tuning of backbone and head",
+            "a method whose steps are those of plain fine-tuning, but for what its protections add",
+            "Add method.name=sequential, and leave out its options: that is what the method has to prevent.",
+        )
+
+
+def upcoming(made: Assembly, index: int, most_old: int) -> Upcoming:
+    """Begin task `index` on a model that has learnt those before it, and say what will train.
+
+    Args:
+        made: the run, at the end of task `index` - 1; its method begins the task, so that the run itself cannot go on.
+        index: at least 1.
+        most_old: test samples of earlier tasks, at most; evenly from all classes.
+
+    Raises:
+        ValueError: as `require_steps`; parameters with rates of their own; whatever the method's beginning refuses.
+    """
+    method, stream, optimization = made.method, made.stream, made.optimization
+    require_steps(method, made.recipe.method.name, index)
+    samples = Samples(
+        stream,
+        made.prepared.read,
+        joint=method.joint,
+        batch_size=optimization.batch_size,
+        accelerator=made.accelerator,
+    )
+    seen_now = method.seen
+    method.begin_task(samples.task_data(index))
+    plain = method.plain_outputs()
+    assert plain is not None
+    places, tasks = _old_samples(made, index, most_old)
+    labels = torch.from_numpy(stream.outputs[places])
+    indices, new_labels = samples.of_task(index)
+    model = viewed(method.model)
+    outputs = int(method.model.head.outputs)  # type: ignore[arg-type]
+    own = [stream[task].classes if stream.task_incremental else None for task in tasks.tolist()]
+    return Upcoming(
+        index,
+        model,
+        _trained(model, method),
+        places,
+        tasks,
+        (made.prepared.read(places), labels),
+        (made.prepared.read(indices), new_labels),
+        _training(optimization, len(indices), made.recipe.seed, index, plain if len(plain) < outputs else None),
+        _allowed([classes or seen_now for classes in own], outputs),
+        _allowed([classes or method.seen for classes in own], outputs),
+        _left_out(made),
+    )
+
+
+def viewed(model: Model) -> nn.Module:
+    """The model with its linear head as an `nn.Linear`, by which a forecast knows it; any other head as it is."""
+    head = model.head
+    if not isinstance(head, Linear):
+        return model
+    layer = nn.Linear(head.width, head.outputs, bias=head.bias is not None, device="meta")
+    layer.weight = head.weight
+    layer.register_parameter("bias", head.bias)
+    return nn.Sequential(model.backbone, layer)
+
+
+def answers(logits: Float[Tensor, "n C"], allowed: Bool[Tensor, "_ C"]) -> Float[Tensor, "n C"]:
+    """One where the largest of the allowed logits is, else zero: the answers, in the form of logits.
+
+    Args:
+        logits: (n, C).
+        allowed: the outputs that each sample's prediction chooses from, (n, C); or (1, C), the same for all.
+    """
+    best = logits.masked_fill(~allowed.to(logits.device), -torch.inf).argmax(1)
+    return torch.nn.functional.one_hot(best, logits.shape[1]).to(logits)
+
+
+def _old_samples(made: Assembly, index: int, most: int) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+    """Test samples of the tasks before `index` and their tasks; evenly spaced where samples lie class by class."""
+    earlier = made.stream.tasks[:index]
+    places = np.concatenate([task.test for task in earlier])
+    tasks = np.repeat(np.arange(index), [len(task.test) for task in earlier])
+    if len(places) > most:
+        by_class = np.lexsort((made.stream.outputs[places], tasks))
+        kept = np.sort(by_class[np.linspace(0, len(places) - 1, most).round().astype(np.int64)])
+        places, tasks = places[kept], tasks[kept]
+    return places, tasks
+
+
+def _trained(model: nn.Module, method: Method) -> tuple[str, ...]:
+    groups = method.parameter_groups()
+    own = sorted({key for group in groups for key in group} - {"params"})
+    if own:
+        raise complaint(
+            f"parameter groups with their own {own}",
+            "the same rate and decay for all that trains",
+            "Leave these options of the method out.",
+        )
+    trained = {id(parameter) for group in groups for parameter in group["params"]}
+    return tuple(name for name, parameter in model.named_parameters() if id(parameter) in trained)
+
+
+def _training(
+    optimization: Optimization, rows: int, seed: int, index: int, classes: tuple[int, ...] | None
+) -> SGD | AdamW:
+    """What the loop does in task `index` with `rows` samples: the same batches at the same rates."""
+    order = [
+        batch.tolist()
+        for epoch in range(optimization.epochs)
+        for batch in torch.split(epoch_order(rows, seed, index, epoch), optimization.batch_size)
+    ]
+    steps, rate = len(order), optimization.learning_rate
+    rates = tuple(rate * optimization.factor(step, steps) for step in range(steps))
+    shared: dict[str, Any] = {
+        "learning_rate": rate if set(rates) == {rate} else rates,
+        "steps": steps,
+        "batch_size": optimization.batch_size,
+        "weight_decay": optimization.weight_decay,
+        "max_gradient_norm": optimization.max_gradient_norm,
+        "order": order,
+        "classes": classes,
+    }
+    if optimization.optimizer == "sgd":
+        return SGD(momentum=optimization.momentum, **shared)
+    return AdamW(**shared)
+
+
+def _allowed(choices: list[tuple[int, ...]], outputs: int) -> Bool[Tensor, "n C"]:
+    allowed = torch.zeros(len(choices), outputs, dtype=torch.bool)
+    for row, choice in zip(allowed, choices, strict=True):
+        row[list(choice)] = True
+    return allowed
+
+
+def _left_out(made: Assembly) -> tuple[str, ...]:
+    """What acts in the run's steps and not in the forecast's."""
+    method, name = made.method, made.recipe.method.name
+    found = [
+        f"{type(protection).__name__} of {name}: the forecast is of the training without it, which is what it has to "
+        "prevent"
+        for protection in method.protections
+        if protection.acts_on_steps
+    ]
+    if made.prepared.read_training is not None:
+        found.append("random crops and flips: the forecast takes the training images as they are evaluated")
+    if made.recipe.training.precision != "float32":
+        found.append(f"the loss in {made.recipe.training.precision}: the forecast is in float32")
+    trains = any(parameter.requires_grad for parameter in method.model.backbone.parameters())
+    random = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
+    if trains and any(isinstance(part, random) and getattr(part, "p", 1) > 0 for part in method.model.modules()):
+        found.append("dropout and statistics of the batch: the forecast takes the model in evaluation mode")
+    return tuple(found)
