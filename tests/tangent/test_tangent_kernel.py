@@ -153,8 +153,11 @@ def test_the_inequality(tokens, inputs, outputs, c, h):
 
 
 def test_the_plan_tells_passes_and_operations_of_parameters_without_a_rule():
-    found = plan({}, {"prompt": 30}, samples=[4, 2], outputs=3, chunk=4, looped=True)
+    found = plan({}, {"prompt": 20, "gate": 10}, samples=[4, 2], outputs=3, chunk=4, looped=["gate"])
     assert (found.forwards, found.backwards) == (3, 9)
+    for looped in ([], ["prompt", "gate"]):
+        other = plan({}, {"prompt": 20, "gate": 10}, samples=[4, 2], outputs=3, chunk=4, looped=looped)
+        assert (other.forwards, other.backwards) == (2, 6)
     pairs = 4 * 4 + 4 * 2 + 2 * 2
     assert found.operations == 9 * 30 * pairs
     assert found.bytes == 4 * 3 * 30 * 6 + 8 * 9 * pairs
@@ -165,6 +168,21 @@ def test_too_much_memory_is_refused_before_the_work():
     model, x = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)), torch.randn(10, 5)
     with pytest.raises(ValueError, match=r"10,\) samples with 3 outputs keeps .*memory=.*trace kernel"):
         tangent_kernel(model, x, memory=100)
+
+
+def test_gradients_that_are_not_finite_are_refused():
+    class Root(nn.Module):
+        def forward(self, x):
+            return x.sqrt()
+
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), Root())
+    nn.init.zeros_(model[0].weight)
+    for work in (
+        lambda: tangent_kernel(model, torch.ones(3, 2)),
+        lambda: jacobian(model, torch.ones(3, 2), trainable(model)),
+    ):
+        with pytest.raises(ValueError, match="the (kernel|Jacobian) of shape .* finite numbers only"):
+            work()
 
 
 def test_the_sum_of_outputs_is_no_stand_in():

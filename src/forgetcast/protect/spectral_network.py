@@ -136,7 +136,7 @@ class SpectralDirections(Protection):
 
         sum_tau 1/k_tau || S_tau (theta - theta_tau) ||^2 = || R (theta - theta_last) + g ||^2
 
-    R stacks the `S_tau / sqrt(k_tau)`; g is what each row was off its own anchor when the last task ended. This is exact
+    R stacks the `S_tau / sqrt(k_tau)`; g is what each row was off its own anchor when the last task ended. It is exact
     for any number of tasks. Over `rank` rows, R and g are rotated to R's principal directions and the weakest rows go:
     the penalty then lacks `|| R_gone (theta - theta_last) + g_gone ||^2`, whose gradient is at most
     `2 s (s || theta - theta_last || + || g_gone ||)`, s the largest singular value that went.

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from forgetcast.checks import complaint, require_integer
+from forgetcast.checks import complaint, require_finite, require_integer
 from forgetcast.tangent.gram import block, collect
 from forgetcast.tangent.inputs import sample_count
 from forgetcast.tangent.jacobian import heads_of, trainable
@@ -240,7 +240,7 @@ def _kernel(
             samples=[sample_count(part) for part in sets],
             outputs=work.survey.outputs,
             chunk=work.chunk,
-            looped=bool(work.survey.looped),
+            looped=work.survey.looped,
             trace=trace,
             itemsize=next(iter(parameters.values())).element_size(),
         )
@@ -248,6 +248,8 @@ def _kernel(
         sides = [collect(Work(model, part, work.parameters, heads, work.survey, work.chunk), planned) for part in sets]
     device = next(iter(parameters.values())).device
     found = [block(x, y, planned, trace=trace, device=device) for k, x in enumerate(sides) for y in sides[k:]]
+    for part in found:
+        require_finite("the kernel", part)
     if trace:
         found = [part[:, 0, :, 0] / planned.outputs for part in found]
     zero = tuple(name for name in parameters if not any(name in side.rows or side.places(name) for side in sides))

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from forgetcast.checks import complaint, require_integer
+from forgetcast.checks import complaint, require_finite, require_integer
 from forgetcast.tangent.capture import Use, evaluating, paths_to, recording, requiring
 from forgetcast.tangent.fallback import Heads, gradients, looped, vectorised
 from forgetcast.tangent.inputs import at, called, sample_count
@@ -100,6 +100,7 @@ class Work:
                     found = [term.rows(g[place]) for place, term in terms.items() if place in g]
                     if found:  # uses are added up before they are rounded to the type of the result
                         columns[name][part.places, c] = found[0] if len(found) == 1 else torch.stack(found).sum(0)
+        require_finite("the Jacobian", J)
         return J, values
 
     def _pass(self, places: slice) -> Pass:

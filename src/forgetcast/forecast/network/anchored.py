@@ -20,7 +20,7 @@ from forgetcast.forecast.network.head import Network
 from forgetcast.forecast.network.plan import Budget
 from forgetcast.forecast.network.samples import Samples
 from forgetcast.forecast.network.steps import Batching, ExpectedStep
-from forgetcast.forecast.network.surrogate import Objective, Surrogate, directed, joined, surrogate
+from forgetcast.forecast.network.surrogate import Objective, Sight, Surrogate, directed, joined, surrogate
 from forgetcast.forecast.simulate import batches
 from forgetcast.forecast.training import SGD, AdamW, GradientDescent, Training, clip_factor
 from forgetcast.tangent.passes import Work, prepared
@@ -217,7 +217,7 @@ def anchored_path(
                     taken, weights = drawn.anchor(index, anchors[step])
                 chosen = new.at(taken).to(device)
                 weights = weights.to(walker.place.weight)
-                ahead = None if plan.exact or step > 0 else _sight(net, chosen, training, weights, walker)
+                ahead = None if plan.exact or step > 0 else _sight(net, training, walker)
                 newest = surrogate(net, work, chosen, training, weights, step, ahead)
                 walker.take(newest)
                 index += 1
@@ -279,17 +279,21 @@ def batching_of(training: SGD | AdamW | GradientDescent, rows: int) -> Batching:
     return Batching(float(min(training.batch_size, rows)), rows)
 
 
-def _sight(
-    net: Network, chosen: Samples, training: SGD | AdamW | GradientDescent, weights: Tensor, walker: Walker
-) -> tuple[Tensor, Tensor] | None:
-    """The head after a few head-only steps. Cost: one forward pass of the anchor's samples."""
+def _sight(net: Network, training: SGD | AdamW | GradientDescent, walker: Walker) -> Sight | None:
+    """Gives the head after a few head-only steps on features at hand."""
     if not net.of_head:
         return None
-    near = surrogate(net, None, chosen, training, weights, 0)
-    first = Place(near.features.new_zeros(0), walker.place.weight, walker.place.bias)
-    ahead = follow(net, training, first, [near], [min(SIGHT_STEPS, training.steps)], walker.batching)
-    (place,) = ahead.places.values()
-    return place.weight, place.bias
+
+    def ahead(phi: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
+        still = phi.new_zeros(len(phi), 0)
+        weights = torch.full((len(phi),), 1.0 / len(phi), dtype=phi.dtype, device=phi.device)
+        near = Surrogate(phi, torch.zeros_like(phi), still, still.sum(1), objective, weights, 0)
+        first = Place(phi.new_zeros(0), walker.place.weight, walker.place.bias)
+        path = follow(net, training, first, [near], [min(SIGHT_STEPS, training.steps)], walker.batching)
+        (place,) = path.places.values()
+        return place.weight, place.bias
+
+    return ahead
 
 
 def _miss(net: Network, new: Samples, near: Surrogate, taken: Tensor, place: Place, count: int) -> tuple[float, float]:

@@ -129,7 +129,6 @@ def forecast(
             old=len(old_samples),
             budget=budget,
             look=look,
-            sight=bool(net.of_head),
             half=estimator == "anchored",
         )
         if estimator == "pilot":

@@ -8,11 +8,12 @@ from forgetcast.checks import complaint
 FORWARD = 0.47
 """A forward pass in units of one forward and one backward pass, where frozen weights take no gradient."""
 ANCHOR_ROWS = 8
-WINDOW_ROWS = 32
+FIRST_ROWS = 64
+WINDOW_ROWS = 16
 """Samples that the gradient is averaged over: those of the last few anchors."""
 LOOK_SHARE = 0.3
 LEAST_ROWS = 4
-HALF_OLD = 128
+HALF_OLD = 64
 """Old samples on which the check from half of the new samples is read."""
 
 
@@ -57,7 +58,6 @@ def plan_anchors(
     budget: float,
     readings: int = 3,
     look: bool,
-    sight: bool,
     half: bool = True,
     anchor_rows: int = ANCHOR_ROWS,
 ) -> Budget:
@@ -74,7 +74,6 @@ def plan_anchors(
         budget: share of the run's cost; 1 or more replays the run itself.
         readings: how often old samples are read along the path, at most; fewer where they would take half the budget.
         look: whether the losses of the new samples are worth reading.
-        sight: whether the first anchor's samples are read once more, to find its directions.
         half: whether one more reading goes to the check from half of the samples.
         anchor_rows: samples an anchor.
 
@@ -94,23 +93,22 @@ def plan_anchors(
     left = units - count * reading - extra
     looked = min(new, int(LOOK_SHARE * units / FORWARD)) if look else 0
     left -= FORWARD * looked
-    first_price = 1 + FORWARD if sight else 1.0
-    if left < LEAST_ROWS * first_price:
-        least = (reading + extra + LEAST_ROWS * first_price) / (1 - LOOK_SHARE if look else 1)
+    if left < LEAST_ROWS:
+        least = (reading + extra + LEAST_ROWS) / (1 - LOOK_SHARE if look else 1)
         raise complaint(
             f"budget={budget:g} of a run of {steps} steps x {batch} samples, with {old} old samples to read",
             f"at least {ceil(1000 * least / run) / 1000:g}",
             "Raise budget, or give fewer old samples.",
         )
     rows = min(max(anchor_rows, int(left / steps)), new, max(LEAST_ROWS, int(left / 3)))
-    first_rows = max(2 * rows, min(2 * WINDOW_ROWS, int(left / 4)))
+    first_rows = max(2 * rows, min(FIRST_ROWS, int(left / 4)))
     window = ceil(WINDOW_ROWS / rows)
     checks = max(1, rows // 8)
-    number = min(max(1, 1 + int((left - first_rows * first_price) / (rows + FORWARD * checks))), steps)
-    first = min(first_rows if number > 1 else int(left / first_price), new)
-    places = [round(k * steps / number) for k in range(number)]
+    number = min(max(1, 1 + int((left - first_rows) / (rows + FORWARD * checks))), steps)
+    first = min(first_rows if number > 1 else int(left), new)
+    places = sorted({round(k * steps / number) for k in range(number)})
     anchors = tuple((step, rows if step else first) for step in places)
-    new_cost = (number - 1) * (rows + FORWARD * checks) + first * first_price + FORWARD * looked
+    new_cost = (number - 1) * (rows + FORWARD * checks) + first + FORWARD * looked
     cost = new_cost + extra + count * reading
     return Budget(run, anchors, looked, reading_steps(steps, count), checks, window, cost, new_cost, exact=False)
 

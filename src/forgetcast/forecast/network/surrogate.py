@@ -26,6 +26,7 @@ from forgetcast.tangent.passes import Work
 from forgetcast.tangent.planner import chunk_size
 
 Error = Callable[[Tensor, Tensor | None], Tensor]
+Sight = Callable[[Tensor, "Objective"], tuple[Tensor, Tensor]]
 TINY = 1e-30
 
 
@@ -186,7 +187,7 @@ def surrogate(
     training: Training,
     weights: Float[Tensor, " n"],
     step: int,
-    sight: tuple[Tensor, Tensor] | None = None,
+    sight: Sight | None = None,
 ) -> Surrogate:
     """Take the features, directions and gradients of samples at the model's present parameters.
 
@@ -197,11 +198,12 @@ def surrogate(
         training: with the loss.
         weights: of the samples.
         step: how many steps the training has made.
-        sight: another head (W, b) to take the directions from; the present one by default.
+        sight: gives another head (W, b) to take the directions from, for the features of the first samples that go
+            through the model together; the present head by default.
 
     Cost: one pass forward, one backward.
     """
-    weight, bias = (net.weight(), net.bias()) if sight is None else sight
+    head = net.weight(), net.bias()
     assert samples.targets is not None
     objective = Objective(training, samples.targets, net.outputs)
     if work is None:
@@ -215,8 +217,12 @@ def surrogate(
     with net.tapped() as kept:
 
         def heads(found: Any, places: slice) -> Tensor:
+            nonlocal head
             phi = net.features_of(found, kept)
-            pull = directed(phi.detach(), Objective(training, objective.targets[places], net.outputs), weight, bias)
+            part = Objective(training, objective.targets[places], net.outputs)
+            if sight is not None and places.start == 0:
+                head = sight(phi.detach(), part)
+            pull = directed(phi.detach(), part, *head)
             features[places], directions[places] = phi.detach(), pull
             return (phi * pull).sum(1, keepdim=True)
 
