@@ -35,8 +35,8 @@ def _ceiling(table: Table) -> str:
     return (
         f"The ceiling is {spread(values(table, CEILING))}; with twice the epochs it has {100 * twice:.1f} on "
         f"validation samples, with those of the table {100 * once:.1f}. Rows with a higher mean: {above}. {verdict}. "
-        f"The fair control `joint` is at {_signed(gaps['joint'])}: that much of a closed form's lead over the gradient "
-        "methods is its class of functions and its convergence, not what it remembers."
+        f"The fair control `joint` is at {_signed(gaps['joint'])}: a lead of that size over gradient methods is class "
+        "of functions and convergence, not memory."
     )
 
 

@@ -61,7 +61,8 @@ class Store:
 def identity_of(setting: Setting, row: Row, choice: Choice, stream: Stream) -> dict[str, Any]:
     """All that decides the numbers of a run, but for the code."""
     optimization = asdict(setting.optimization_of(row, choice))
-    return {"row": asdict(row), "choice": choice, "optimization": optimization, "split": stream.split_hash}
+    data = {"source": setting.source.hash, "split": stream.split_hash}
+    return {"row": asdict(row), "choice": choice, "optimization": optimization, **data}
 
 
 def trained(setting: Setting, row: Row, choice: Choice, stream: Stream) -> dict[str, Any]:

@@ -228,7 +228,7 @@ class SpectralDirections(Protection):
             old = padded(self.root.get(name, nothing).to(value), (len(off), *value.shape))
             rows = new.get(name, value.new_zeros(count, value.numel()))
             self.root[name] = torch.cat([old, rows.to(value).view(-1, *value.shape)])
-        self.gap = torch.cat([off, off.new_zeros(count)])
+        self.gap = torch.cat([off, off.new_zeros(count)]).to(next(iter(named.values())))
         self.anchor = named
         if self.rank is not None and len(self.gap) > self.rank:
             gram = torch.stack([rows.double().flatten(1) @ rows.double().flatten(1).T for rows in self.root.values()])

@@ -70,6 +70,8 @@ def really_trained(model: nn.Module, new, training) -> nn.Module:
             loss = loss + training.drift_penalty / 2 * (parameter - first).square().sum()
         optimizer.zero_grad()
         loss.backward()
+        if getattr(training, "max_gradient_norm", None) is not None:
+            torch.nn.utils.clip_grad_norm_(moving, training.max_gradient_norm)
         optimizer.param_groups[0]["lr"] = rates if isinstance(rates, float | int) else rates[step]
         optimizer.step()
     return model

@@ -14,7 +14,7 @@ from forgetcast.tangent.jacobian import trainable
 from real_run import body_of, head_of, measured_drift, really_trained
 from small_networks import NETWORKS, NEW, network_and_task
 
-STEPS = 12
+STEPS = 8
 RATES = [0.02 * (1 - k / STEPS) for k in range(STEPS)]
 TRAININGS = {
     "momentum": fc.SGD(0.05, STEPS, batch_size=5, momentum=0.9, weight_decay=0.02, classes=NEW),

@@ -49,7 +49,8 @@ def samples(kind: str):
 
 def forecast_of_head(model, old, new, training):
     body, head = model
-    return fc.forecast_linear(fc.Features(body(old[0]), old[1]), fc.Features(body(new[0]), new[1]), head, training)
+    before, phi = (fc.Features(body(inputs).detach(), targets) for inputs, targets in (old, new))
+    return fc.forecast_linear(before, phi, fc.LinearHead.from_module(head), training)
 
 
 def same(found, truth):
