@@ -26,6 +26,7 @@ from forgetcast.forecast.network.head import Network, network
 from forgetcast.forecast.network.pilot import trained_path
 from forgetcast.forecast.network.placed import place_rows
 from forgetcast.forecast.network.samples import Samples
+from forgetcast.forecast.network.trust import Trust
 from forgetcast.forecast.training import AdamW
 from forgetcast.tangent.jacobian import trainable
 
@@ -246,7 +247,7 @@ def page() -> str:
         lines += [f"## {stored['title']}", "", f"{len(stored['rows'])} transitions, seeds {seeds}.", ""]
         lines += [
             "| head | forecast: cosine / rank | pilot | ceiling | forecast ÷ ceiling | gradient overlap: rank | "
-            "accuracy error: forecast | pilot | no change | cost: passes | seconds | interval holds | trusted |",
+            "accuracy error: forecast | pilot | no change | cost: passes | seconds | expected cosine | trusted |",
             "|---" * 13 + "|",
         ]
         for head in HEADS:
@@ -262,17 +263,17 @@ def page() -> str:
                 who: 100 * mean(abs(row[who]["accuracy"] - row["forecast"]["measured_accuracy"]) for row in rows)
                 for who in ("forecast", "pilot", "no change")
             }
-            holds = mean(
-                row["forecast"]["interval"][0] <= row["forecast"]["measured_accuracy"] <= row["forecast"]["interval"][1]
-                for row in rows
-            )
+            trusts = [
+                Trust(row["forecast"]["sampling_error"], row["forecast"]["surrogate_error"], 0.0, False) for row in rows
+            ]
+            expected = mean(trust.expected_cosine or 0.0 for trust in trusts)
             lines.append(
                 f"| {head} | "
                 + " | ".join(f"{pairs[who][0]:.3f} / {pairs[who][1]:.2f}" for who in ("forecast", "pilot", "ceiling"))
                 + f" | {ratio[0]:.2f} / {ratio[1]:.2f} | {average(rows, 'gradient overlap', 'rank'):.2f} | "
                 + " | ".join(f"{errors[who]:.1f}" for who in ("forecast", "pilot", "no change"))
                 + f" | {average(rows, 'forecast', 'share'):.0%} | {average(rows, 'forecast', 'seconds_share'):.0%} | "
-                f"{holds:.0%} | {average(rows, 'forecast', 'trusted'):.0%} |"
+                f"{expected:.2f} | {mean(trust.trusted for trust in trusts):.0%} |"
             )
         lines += [
             "",

@@ -4,17 +4,20 @@ from dataclasses import dataclass
 from math import sqrt
 
 TRUSTED_COSINE = 0.8
+EXAGGERATION = 3.0
+"""By how much the half path exaggerates: its anchors were not taken along it (docs/forecast_results.md)."""
 
 
 @dataclass(frozen=True)
 class Trust:
     r"""A forecast's own check.
 
-        expected cosine = 1 / sqrt(1 + sampling_error^2 + surrogate_error^2)
+        expected cosine = 1 / sqrt(1 + (sampling_error / 3)^2 + surrogate_error^2)
 
     Attributes:
-        sampling_error: `||half - whole|| / ||whole||` of the old drift predicted from half of the new samples that the
-            forecast read, and from all of them: the standard error that comes from reading few. None if not measured.
+        sampling_error: `||half - whole|| / ||whole||` of the old drift predicted with half of the samples of each anchor,
+            and with all of them. The half path leaves the anchors, so that this exaggerates the error that comes from
+            reading few samples, about three times in the measurements of docs/forecast_results.md. None if not measured.
         surrogate_error: `||predicted - actual|| / ||actual||` of the features' motion from one anchor to the next,
             along the surrogate's directions, on samples read again. None if there is one anchor only, or an exact path.
         blind: mean share of the loss's gradient at the features that the surrogate could not see.
@@ -33,8 +36,12 @@ class Trust:
         """Cosine to the measured drift that the forecast expects of itself; None if nothing was measured."""
         if self.exact:
             return 1.0
-        known = [error for error in (self.sampling_error, self.surrogate_error) if error is not None]
+        known = [error for error in (self._sampling, self.surrogate_error) if error is not None]
         return 1 / sqrt(1 + sum(error**2 for error in known)) if known else None
+
+    @property
+    def _sampling(self) -> float | None:
+        return None if self.sampling_error is None else self.sampling_error / EXAGGERATION
 
     @property
     def trusted(self) -> bool:
@@ -48,7 +55,7 @@ class Trust:
             return "exact"
         if self.expected_cosine is None:
             return "not to be trusted: nothing to check it by (only 'anchored' checks itself, on several samples)"
-        parts = {"few samples read": self.sampling_error, "anchors too far apart": self.surrogate_error}
+        parts = {"few samples read": self._sampling, "anchors too far apart": self.surrogate_error}
         worst = max((name for name, value in parts.items() if value is not None), key=lambda name: parts[name] or 0)
         verdict = "to be trusted" if self.trusted else f"not to be trusted ({worst}: raise the budget"
         remedy = "" if self.trusted else (", or place the head first)" if self.degenerate else ")")
