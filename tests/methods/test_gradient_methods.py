@@ -18,6 +18,7 @@ OPTIONS = {
     "slca": {"backbone_rate": 0.05, "head_rate": 0.1, "epochs": 20},
     "ewc": {"strength": 10.0},
     "kronecker_ewc": {"strength": 1.0},
+    "spectral_network": {"strength": 0.03, "modes": 50, "probes": 50},
 }
 CLASSES = [(0, 1, 2, 3, 4), (5, 6, 7, 8, 9)]
 
@@ -143,7 +144,7 @@ def test_old_samples_keep_the_old_task(name, digits, old_accuracy_of_fine_tuning
     assert accuracy(method, digits, 0) > old_accuracy_of_fine_tuning + 0.3
 
 
-@pytest.mark.parametrize("name", ["ewc", "kronecker_ewc", "si", "lwf", "der"])
+@pytest.mark.parametrize("name", ["ewc", "kronecker_ewc", "si", "lwf", "spectral_network", "der"])
 def test_a_protection_holds_the_old_outputs(name, digits):
     """Against the same method with its protection taken away, on the drift of the old logits."""
 

@@ -24,6 +24,8 @@ OPTIONS = {
     "icarl": {"capacity": 30, "count": 8},
     "ewc": {"strength": 1.0},
     "kronecker_ewc": {"strength": 1.0},
+    # all modes: of fewer, what rounding does to the eigenvectors is divided by gaps between eigenvalues
+    "spectral_network": {"strength": 0.05, "modes": 1000, "probes": 20},
 }
 
 

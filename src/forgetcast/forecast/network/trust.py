@@ -15,11 +15,11 @@ class Trust:
         expected cosine = 1 / sqrt(1 + (sampling_error / 3)^2 + surrogate_error^2)
 
     Attributes:
-        sampling_error: `||half - whole|| / ||whole||` of the old drift predicted with half of the samples of each anchor,
-            and with all of them. The half path leaves the anchors, so that this exaggerates the error that comes from
-            reading few samples, about three times in the measurements of docs/forecast_results.md. None if not measured.
+        sampling_error: `||half - whole|| / ||whole||` of the old drift predicted with half of the samples and
+            with all. The half path leaves the anchors, so that this exaggerates the error that comes from reading few
+            samples, about three times in the measurements of docs/forecast_results.md. None if not measured.
         surrogate_error: `||predicted - actual|| / ||actual||` of the features' motion from one anchor to the next,
-            along the surrogate's directions, on samples read again. None if there is one anchor only, or an exact path.
+            along the surrogate's directions, on samples read again. None for one anchor, or an exact path.
         blind: mean share of the loss's gradient at the features that the surrogate could not see.
         degenerate: the new rows of the head are equal, so that the body has no tangent at the start.
         exact: the forecast is the training itself, or that of a linear head.
