@@ -6,12 +6,15 @@ from statistics import median
 
 import pytest
 import torch
+from small import stream
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 import forgetcast as fc
 from forgetcast.heads.cosine import Cosine
 from forgetcast.heads.linear import Linear
+from forgetcast.learn.loop import Checkpointing, learn
+from forgetcast.learn.optimizer import Optimization
 from forgetcast.methods.base import Batch, Model, TaskData
 from forgetcast.methods.registry import create
 from forgetcast.protect import spectral_network
@@ -351,3 +354,37 @@ def test_a_cosine_head_can_be_held_with_later_outputs_free():
     protection.end_task(model, task)
     moved(model)
     assert protection.loss(model, whole, model(whole.inputs)).item() > 0
+
+
+@pytest.mark.parametrize("rank", [None, 12])
+def test_a_killed_run_of_the_data_free_form_is_the_whole_run(rank, tmp_path):
+    """The generic tests of methods have the form with probes."""
+
+    def new():
+        torch.manual_seed(5)
+        options = {"strength": 0.1, "modes": 8, "probes": 20, "form": "data_free", "rank": rank}
+        return create("spectral_network", nn.Sequential(nn.Linear(64, 10), nn.ReLU()), 10, **options)
+
+    def stop(event):
+        if event["task"] == 1 and event.get("epoch") == 1:
+            raise KeyboardInterrupt
+
+    optimization = Optimization(learning_rate=1e-2, epochs=3, batch_size=32)
+    checkpointing = Checkpointing(tmp_path, steps=5)
+    whole = new()
+    matrix = learn(whole, stream(), optimization, seed=3).accuracy_matrix
+    with pytest.raises(KeyboardInterrupt):
+        learn(new(), stream(), optimization, seed=3, checkpointing=checkpointing, on_event=stop)
+    resumed = new()
+    assert learn(resumed, stream(), optimization, seed=3, checkpointing=checkpointing).accuracy_matrix == matrix
+    assert len(whole.protections[0].gap) == (rank or 24)
+    assert_equal(resumed.state_dict(), whole.state_dict())
+
+
+def assert_equal(ours, theirs):
+    if isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            assert_equal(ours[key], value)
+    else:
+        assert torch.equal(ours, theirs) if isinstance(theirs, torch.Tensor) else ours == theirs

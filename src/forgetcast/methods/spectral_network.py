@@ -29,7 +29,7 @@ class SpectralNetwork(Sequential):
     def __init__(
         self,
         model: Model,
-        strength: float = 1.0,
+        strength: float = 0.3,
         modes: int = 100,
         *,
         probes: int = 100,

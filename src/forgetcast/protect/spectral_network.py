@@ -84,7 +84,7 @@ class SpectralProbes(Protection):
     """
 
     def __init__(
-        self, strength: float = 1.0, modes: int = 100, *, probes: int = 100, later: str = "held", seed: int = 0
+        self, strength: float = 0.3, modes: int = 100, *, probes: int = 100, later: str = "held", seed: int = 0
     ) -> None:
         _require(strength, modes, probes, later)
         self.strength = strength
@@ -161,7 +161,7 @@ class SpectralDirections(Protection):
 
     def __init__(
         self,
-        strength: float = 1.0,
+        strength: float = 0.3,
         modes: int = 100,
         *,
         probes: int = 100,

@@ -19,8 +19,8 @@ from forgetcast.tangent.leading import leading_modes
 from forgetcast.tangent.operator import TangentOperator
 from forgetcast.tangent.products import Tangent, TangentMatrix
 
-MEMORY = 2**28
-"""Bytes that a Jacobian may take as a matrix: 256 MiB."""
+MEMORY = 2**30
+"""Bytes that a Jacobian may take as a matrix."""
 
 DENSE = 1500
 """Up to that many outputs on all probes, all eigenvectors of a kernel are found in a few seconds."""

@@ -193,8 +193,8 @@ def _left_out(made: Assembly) -> tuple[str, ...]:
     """What acts in the run's steps and not in the forecast's."""
     method, name = made.method, made.recipe.method.name
     found = [
-        f"{type(protection).__name__} of {name}: the forecast is of the training without it, which is what it has to "
-        "prevent"
+        f"the protection {type(protection).__name__} of {name}: the forecast is of the training without it, which is "
+        "what it has to prevent"
         for protection in method.protections
         if protection.acts_on_steps
     ]

@@ -27,7 +27,8 @@ def test_an_anchor(task, rows, index, seed):
     places, weights = draw(labels, len(labels), scores, seed).anchor(index, rows)
     assert len(places) == len(weights) <= min(rows, len(labels))
     assert len(set(places.tolist())) == len(places)
-    assert int(places.min()) >= 0 and int(places.max()) < len(labels)
+    assert int(places.min()) >= 0
+    assert int(places.max()) < len(labels)
     assert bool((weights > 0).all())
     assert abs(float(weights.sum()) - 1) < 1e-12
 

@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from real_run import body_of, head_of, measured_drift, really_trained
+from small_networks import NETWORKS, NEW, network_and_task
 
 import forgetcast as fc
 from builders import relative_error
@@ -11,8 +13,6 @@ from forgetcast.forecast.network.head import network
 from forgetcast.forecast.network.pilot import trained_path
 from forgetcast.forecast.network.samples import samples_of
 from forgetcast.tangent.jacobian import trainable
-from real_run import body_of, head_of, measured_drift, really_trained
-from small_networks import NETWORKS, NEW, network_and_task
 
 STEPS = 8
 RATES = [0.02 * (1 - k / STEPS) for k in range(STEPS)]

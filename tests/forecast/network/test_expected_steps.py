@@ -1,16 +1,16 @@
-"""Optimisers along their expected path: PyTorch's where the samples are the run's own, the mean of many runs elsewhere."""
+"""Optimisers along their expected path: PyTorch's where the samples are the run's own, else the mean of many runs."""
 
 from dataclasses import replace
 
 import pytest
 import torch
+from real_run import optimizer_of
 from torch import Tensor
 
 import forgetcast as fc
 from builders import DOUBLE, relative_error
 from forgetcast.forecast.network.steps import Batching, ExpectedStep
 from forgetcast.forecast.network.surrogate import Slope
-from real_run import optimizer_of
 
 STEPS = 120
 RATES = [0.03 * (1 - k / STEPS) for k in range(STEPS)]
@@ -59,7 +59,7 @@ def _slope(gradients: Tensor) -> Slope:
 def test_expected_square_of_a_minibatch_gradient(samples):
     """Mean over all pairs out of N, and unbiased from any n of them: exactly, by enumeration of a small population."""
     torch.manual_seed(0)
-    population, batch = 30, 2
+    population, _batch = 30, 2
     gradients = torch.randn(population, 5, dtype=DOUBLE) * torch.logspace(-1, 1, 5, dtype=DOUBLE) + 0.3
     pairs = torch.combinations(torch.arange(population))
     truth = gradients[pairs].mean(1).square().mean(0).sum().item()
@@ -123,7 +123,7 @@ def test_plain_descent_follows_the_mean_whatever_the_noise(training):
 
 
 def test_adam_does_not_step_where_samples_leave_the_direction_open():
-    """With few of many samples at hand and a mean within their noise the step is smaller; with all of them it is not."""
+    """With few of many samples at hand and a mean within their noise the step is smaller; with all of them not."""
     torch.manual_seed(0)
     gradients = 0.1 + torch.randn(8, 200, dtype=DOUBLE)
     training = fc.AdamW(0.1, 1)

@@ -68,7 +68,8 @@ def test_equals_the_linear_forecast(name, kind):
     truth = forecast_of_head(model, old, new, BY_STEPS[name])
     found = fc.forecast(model, old, new, BY_STEPS[name])
     assert found.estimator == "linear"
-    assert found.trust.exact and found.interval == (found.accuracy, found.accuracy)
+    assert found.trust.exact
+    assert found.interval == (found.accuracy, found.accuracy)
     same(found, truth)
     anchored = fc.forecast(model, old, new, BY_STEPS[name], estimator="anchored", budget=1)
     assert anchored.trust.exact

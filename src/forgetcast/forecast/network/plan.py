@@ -89,11 +89,12 @@ def plan_anchors(
     units = budget * run
     reading = FORWARD * old
     extra = FORWARD * min(old, HALF_OLD) if half else 0.0
-    count = max((k for k in range(1, readings + 1) if k * reading + extra <= units / 3), default=1)
+    most = min(units / 3, units * (1 - LOOK_SHARE * look) - LEAST_ROWS)
+    count = max((k for k in range(1, readings + 1) if k * reading + extra <= most), default=1)
     left = units - count * reading - extra
     looked = min(new, int(LOOK_SHARE * units / FORWARD)) if look else 0
     left -= FORWARD * looked
-    if left < LEAST_ROWS:
+    if left < LEAST_ROWS * (1 - 1e-9):
         least = (reading + extra + LEAST_ROWS) / (1 - LOOK_SHARE if look else 1)
         raise complaint(
             f"budget={budget:g} of a run of {steps} steps x {batch} samples, with {old} old samples to read",
