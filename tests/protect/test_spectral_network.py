@@ -141,7 +141,7 @@ def flat_root(protection):
 
 
 @pytest.mark.parametrize("rank", [3, 10, 18])
-def test_a_bounded_rank_is_off_by_no_more_than_it_says(rank):
+def test_a_bounded_rank_lacks_the_weakest_directions_and_no_more(rank):
     model = small_model(outputs=1)
     whole_rank = SpectralDirections(1.0, 6, probes=ALL, later="free")
     sequence(model, whole_rank, tasks=2)
@@ -158,10 +158,12 @@ def test_a_bounded_rank_is_off_by_no_more_than_it_says(rank):
         assert terms[0].item() == pytest.approx(terms[1].item(), rel=1e-10)
         assert apart.norm() < 1e-9
         return
-    left, values, _ = torch.linalg.svd(flat_root(whole_rank), full_matrices=False)
-    gone = (left[:, rank:].T @ whole_rank.gap).norm()
+    root, gap = flat_root(whole_rank), whole_rank.gap
+    left, values, _ = torch.linalg.svd(root, full_matrices=False)
+    root, gap = left[:, rank:].T @ root, left[:, rank:].T @ gap
     step = torch.cat([(p - a).flatten() for p, a in zip(model.parameters(), whole_rank.anchor.values(), strict=True)])
-    assert 0 < apart.norm() <= 2 * values[rank] * (values[rank] * step.norm() + gone)
+    torch.testing.assert_close(apart, 2 * root.T @ (root @ step + gap))
+    assert 0 < apart.norm() <= 2 * values[rank] * (values[rank] * step.norm() + gap.norm())
     assert 0 < terms[1].item() < terms[0].item()
 
 
