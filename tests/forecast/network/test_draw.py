@@ -81,37 +81,39 @@ def test_anchors_in_a_row_share_no_sample_where_all_are_alike(rows, factor, inde
     assert not first & second
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(tasks(least=5), st.integers(1, 12), SEEDS)
 def test_every_sample_is_marked_as_often_as_its_probability_says(task, rows, seed):
     labels, scores = task
     drawn = draw(labels, len(labels), scores, seed)
-    anchors, total = 400, torch.zeros(len(labels), dtype=torch.float64)
+    anchors, total = 300, torch.zeros(len(labels), dtype=torch.float64)
     for index in range(anchors):
         places, weights = drawn.anchor(index, rows)
         total[places] += _marks(drawn, places, weights, rows)
     probability = torch.empty_like(drawn.probability)
     probability[drawn.order] = drawn.probability
-    # the starts of the marks are spread evenly: discrepancy of the golden ratio, (log2 k + 1) / k, for each mark
-    assert float((total / anchors / rows - probability).abs().max()) < 2 * 10 / anchors
+    # a sample is marked for starts in an arc: the golden ratio fills arcs up to 1 + log_5(anchors) starts or so
+    assert float((total - anchors * rows * probability).abs().max()) < 5
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(tasks(least=5), SEEDS, SEEDS)
 def test_the_mean_over_anchors_is_the_mean(task, seed, other):
     """Any function of the samples: where all are alike exactly, else up to a bias that falls as 1 / samples."""
     labels, scores = task
     count = len(labels)
     values = torch.randn(count, 3, generator=torch.Generator().manual_seed(other), dtype=torch.float64)
+    if scores is not None:
+        values[:, 0] = scores  # a mean without weights would be far too large
     for sizes, allowed in ((None, 0.0), (scores, 1.0)):
         drawn = draw(labels, count, sizes, seed)
         for rows in (4, 16):
             means = []
-            for index in range(400):
+            for index in range(150):
                 places, weights = drawn.anchor(index, rows)
                 means.append(weights @ values[places])
-            error = float((torch.stack(means).mean(0) - values.mean(0)).abs().max())
-            assert error < 0.05 * float(values.abs().max()) + allowed * float(values.abs().max()) / rows
+            error = (torch.stack(means).mean(0) - values.mean(0)).abs()
+            assert bool((error < (0.05 + allowed / rows) * values.abs().amax(0).clamp_min(1e-9)).all())
 
 
 def test_the_same_seed_draws_the_same():

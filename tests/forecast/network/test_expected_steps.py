@@ -1,6 +1,7 @@
 """Optimisers along their expected path: PyTorch's where the samples are the run's own, else the mean of many runs."""
 
 from dataclasses import replace
+from itertools import combinations
 
 import pytest
 import torch
@@ -137,14 +138,14 @@ def test_adam_does_not_step_where_samples_leave_the_direction_open():
     assert stride(10_000) < 0.8 * stride(8)
 
 
-@pytest.mark.parametrize("population", [1, 2, 10])
+@pytest.mark.parametrize("population", [1, 2, 7])
 def test_variance_of_a_mean_of_samples(population):
     batching = Batching(1.0, population)
     assert batching.noise(population) == 0
     assert batching.noise(1) == (1 if population > 1 else 0)
     values = torch.randn(population, dtype=DOUBLE)
     for samples in range(1, population + 1):
-        means = values[torch.combinations(torch.arange(population), samples)].mean(1)
+        means = values[torch.tensor(list(combinations(range(population), samples)))].mean(1)
         spread = values.var(correction=0).item()
         assert means.var(correction=0).item() == pytest.approx(spread * batching.noise(samples), abs=1e-12)
 
