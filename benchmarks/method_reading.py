@@ -56,8 +56,9 @@ def _penalties(table: Table) -> str:
     tried = {key: 100 * check["last_accuracy"] for key, check in table["checks"].items() if ": strength" in key}
     best = max(tried, key=lambda key: tried[key])
     return (
-        f"Penalties on weights stay near fine-tuning under a head that all tasks share; with the task told: {shown}. "
-        f"Other strengths (1 to 1e6, validation samples) do not mend it: the best is {best} with {tried[best]:.1f}."
+        "Penalties on weights stay far below the ceiling under a head that all tasks share; in brackets with the task "
+        f"told: {shown}. Of other strengths (1 to 1e6, on validation samples) the best is {best} with "
+        f"{tried[best]:.1f}."
     )
 
 
