@@ -5,7 +5,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import kernel_race, linear_against_training, linear_many_steps, loop_overhead
+from benchmarks import (
+    forty_kills,
+    kernel_race,
+    linear_against_training,
+    linear_many_steps,
+    loop_overhead,
+    what_if_speed,
+)
 from benchmarks.machine import save
 
 
@@ -18,7 +25,7 @@ def rows(value: Any, path: str = "") -> list[tuple[str, str]]:
     return [(path, f"{value:.4g}" if isinstance(value, float) else str(value))]
 
 
-for module in (linear_many_steps, linear_against_training, loop_overhead, kernel_race):
+for module in (linear_many_steps, linear_against_training, loop_overhead, kernel_race, what_if_speed, forty_kills):
     name = module.__name__.split(".")[-1]
     result = module.run()
     save(name, result)

@@ -16,8 +16,8 @@ Inputs = tuple[Tensor, ...]
 TEXT_LENGTH = 16
 TEXTS_AN_INTENT = 60
 FIRST_TEXT_LAYER = 3
-FIRST_IMAGE_BLOCK = 8
-IMAGES_A_CLASS = 200
+FIRST_IMAGE_BLOCK = 10
+IMAGES_A_CLASS = 150
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,13 +233,13 @@ SETTINGS = {
         base=5,
     ),
     "vit_lora": Setting(
-        "ViT-Tiny at 112 px, LoRA (r = 4) in its last 4 of 12 blocks, CIFAR-100, 10 classes and 2,000 images a task",
+        "ViT-Tiny at 112 px, LoRA (r = 4) in its last 2 of 12 blocks, CIFAR-100, 10 classes and 1,500 images a task",
         image_data,
         image_model(with_lora),
         base=5,
     ),
     "vit_adapter": Setting(
-        "ViT-Tiny at 112 px, bottleneck adapters (8) in its last 4 of 12 blocks, CIFAR-100, 10 classes and 2,000 "
+        "ViT-Tiny at 112 px, bottleneck adapters (8) in its last 2 of 12 blocks, CIFAR-100, 10 classes and 1,500 "
         "images a task",
         image_data,
         image_model(with_adapters),

@@ -2,8 +2,9 @@
 
     python -m benchmarks.kernel_race
 
-Contenders that are not installed are left out, with the reason. RACE_PYTHON names the interpreter of an environment
-that has them; installing them into the project's own would bring torchvision.
+Contenders that are not installed are left out, with the reason, and the others race. RACE_PYTHON names the interpreter
+of an environment that has them; installing them into the project's own would bring torchvision. How to make one:
+docs/benchmarks.md, "Kernel assembly".
 """
 
 import json
@@ -23,11 +24,14 @@ CONTENDERS = ["forgetcast", "torch.func", "TorchJD", "nngeometry", "curvlinops"]
 JOBS = {
     "B1": {"model": "MLP 256-512-512-10, all parameters", "n": 96, "c": 10},
     "B2": {"model": "ViT d=192, 4 blocks, T=65, LoRA r=8 on q and v", "n": 48, "c": 10},
+    "CNN": {"model": "3 convolutions 3x3 (16, 32, 64 channels) on 32 x 32 pixels, all parameters", "n": 32, "c": 10},
 }
 CHECKED = 24
 """Samples whose block of the kernel is compared with float64."""
 
-COLUMNS = {"B1": None, "B2": 24}
+SETUP = "docs/benchmarks.md says how to set the rivals up; then give RACE_PYTHON that environment's interpreter"
+
+COLUMNS = {"B1": None, "B2": 24, "CNN": None}
 """Columns of the kernel that curvlinops computes; its time is that share of the whole."""
 
 
@@ -40,10 +44,21 @@ def task(job: str) -> tuple[Any, Any]:
     if job == "B1":
         model = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
         return model, torch.randn(96, 256)
+    if job == "CNN":
+        return convolutions(), torch.randn(32, 3, 32, 32)
     model = vision_transformer()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora" in name)
     return model, torch.randn(48, 3, 32, 32)
+
+
+def convolutions() -> Any:
+    from torch import nn
+
+    layers: list[nn.Module] = []
+    for inputs, outputs, stride in ((3, 16, 1), (16, 32, 2), (32, 64, 2)):
+        layers += [nn.Conv2d(inputs, outputs, 3, stride, 1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
 
 def vision_transformer() -> Any:
@@ -223,6 +238,9 @@ def worker(contender: str, job: str, folder: str) -> None:
         started = perf_counter()
         work = WORKS[contender](model, x, job)
         torch.save(work().detach(), Path(folder) / f"{job}.{contender}.pt")
+    except ModuleNotFoundError as problem:
+        print(json.dumps({"ready": False, "reason": f"not installed: {problem.name}"}), flush=True)
+        return
     except Exception as problem:
         reason = " ".join(f"{type(problem).__name__}: {problem}".split())[:160]
         print(json.dumps({"ready": False, "reason": reason}), flush=True)
@@ -342,7 +360,17 @@ def run() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         for job in JOBS:
             result[job] = race(job, folder, threads)
+    missing = absent(result)
+    if missing:
+        result["missing"] = f"{', '.join(missing)} did not race: not installed where it ran. {SETUP}"
+        print(result["missing"], file=sys.stderr)
     return result
+
+
+def absent(result: dict[str, Any]) -> list[str]:
+    """Contenders that no job could start because they are not installed."""
+    entries = [result[job]["contenders"] for job in JOBS]
+    return [name for name in CONTENDERS if any("not installed" in jobs[name].get("reason", "") for jobs in entries)]
 
 
 if __name__ == "__main__":

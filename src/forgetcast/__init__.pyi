@@ -3,7 +3,11 @@ from .forecast.linear import Trajectory as Trajectory
 from .forecast.linear import forecast_linear as forecast_linear
 from .forecast.moments import MomentForecast as MomentForecast
 from .forecast.moments import forecast_moments as forecast_moments
+from .forecast.network.diagnostics import DriftComparison as DriftComparison
+from .forecast.network.diagnostics import compare_drift as compare_drift
 from .forecast.network.entry import forecast as forecast
+from .forecast.network.layers import drift_by_layer as drift_by_layer
+from .forecast.network.layers import kernel_movement as kernel_movement
 from .forecast.network.placed import place_rows as place_rows
 from .forecast.network.result import Frontier as Frontier
 from .forecast.network.result import NetworkForecast as NetworkForecast

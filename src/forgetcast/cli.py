@@ -75,12 +75,15 @@ def report(run: Path) -> None:
 def run(recipe: Path, overrides: tuple[str, ...], root: Path, seeds: str, trackers: tuple[str, ...]) -> None:
     """Run a RECIPE to its end; after a kill or Ctrl-C the same command goes on where it stopped.
 
+    Several processes: `torchrun --nproc-per-node 2 -m forgetcast run RECIPE`, or `accelerate launch` likewise.
+
     The run's directory holds record.json, metrics.jsonl and report.html.
 
     Exits with 3 when a number that the recipe expects does not hold.
     """
     import json
 
+    from accelerate import PartialState
     from rich.console import Console
 
     from forgetcast.report.run_page import write_run_report
@@ -96,11 +99,13 @@ def run(recipe: Path, overrides: tuple[str, ...], root: Path, seeds: str, tracke
         several = [f"seed={seed.strip()}" for seed in seeds.split(",")] if seeds else [None]
         for seed in several:
             folder = execute(load_recipe(recipe, [*overrides, *([seed] if seed else [])]), root, Console(stderr=True))
-            record = read_record(folder)
-            click.echo(f"run: {folder}\nreport: {write_run_report(record, folder)}")
-            for judgement in record["expected"]:
-                click.echo(told(judgement))
-                held = held and judgement["holds"]
+            record, processes = read_record(folder), PartialState()
+            held = held and all(judgement["holds"] for judgement in record["expected"])
+            if processes.is_main_process:
+                click.echo(f"run: {folder}\nreport: {write_run_report(record, folder)}")
+                for judgement in record["expected"]:
+                    click.echo(told(judgement))
+            processes.wait_for_everyone()  # one that leaves with an exit code would end the others
     except ValueError as error:
         raise click.ClickException(str(error)) from error
     except KeyboardInterrupt:
@@ -125,6 +130,7 @@ def run(recipe: Path, overrides: tuple[str, ...], root: Path, seeds: str, tracke
     "--old", "most_old", type=int, default=1000, show_default=True, help="Old samples at most, evenly from all classes."
 )
 @click.option("--verify", is_flag=True, help="Learn the task for real afterwards, and compare.")
+@click.option("--diagnose", is_flag=True, help="Which layers carry the drift; with --verify, energy by direction.")
 def forecast(
     recipe: Path,
     overrides: tuple[str, ...],
@@ -134,6 +140,7 @@ def forecast(
     budget: float,
     most_old: int,
     verify: bool,
+    diagnose: bool,
 ) -> None:
     """Forecast what the next task of a RECIPE will make its model forget, before training.
 
@@ -160,6 +167,7 @@ def forecast(
             budget=budget,
             most_old=most_old,
             verify=verify,
+            diagnose=diagnose,
             console=Console(stderr=True),
         )
         record = read_record(path)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from forgetcast.backbones import cache
 from forgetcast.backbones.cache import cached_features
 
 INPUTS = torch.randn(23, 6, generator=torch.Generator().manual_seed(0))
@@ -45,13 +46,13 @@ def test_other_features_for_anything_else(changed, tmp_path):
     network = Counting(seed=1 if changed == "weights" else 0)
     cached_features(network, read, folder=tmp_path, **arguments | other[changed])
     assert network.calls > 0
-    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    assert len(list(tmp_path.glob("*/*.safetensors"))) == 2
 
 
 @pytest.mark.parametrize("damage", ["bit", "cut", "empty"])
 def test_damaged_file_is_made_again(damage, tmp_path):
     phi = cached_features(Counting(), read, 23, tmp_path, data_hash="a")
-    (path,) = tmp_path.glob("*.safetensors")
+    (path,) = tmp_path.glob("*/*.safetensors")
     content = bytearray(path.read_bytes())
     content[-3] ^= 4
     path.write_bytes({"bit": content, "cut": content[:-8], "empty": b""}[damage])
@@ -67,3 +68,23 @@ def test_features_that_are_not_finite_are_not_kept(tmp_path):
     with pytest.raises(ValueError, match=r"features .* holds nan at \[0, 0\]"):
         cached_features(Counting(), broken, 23, tmp_path, data_hash="a")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("stop", [0, 7, 8, 17, 22])
+def test_interrupted_computation_goes_on_with_the_part_that_was_not_finished(stop, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "PART_ROWS", 8)
+    whole = cached_features(Counting(), read, 23, tmp_path / "whole", data_hash="a", batch_size=3)
+
+    def interrupted(places: np.ndarray) -> torch.Tensor:
+        if stop in places:
+            raise KeyboardInterrupt
+        return read(places)
+
+    with pytest.raises(KeyboardInterrupt):
+        cached_features(Counting(), interrupted, 23, tmp_path / "cut", data_hash="a", batch_size=3)
+    for half_written in tmp_path.glob("cut/*"):
+        (half_written / "000000016.1.part").write_bytes(b"half")  # what a kill while writing leaves
+    seen: list[int] = []
+    phi = cached_features(Counting(), read, 23, tmp_path / "cut", data_hash="a", batch_size=3, on_batch=seen.append)
+    assert torch.equal(phi, whole)
+    assert sum(seen) == 23 - stop // 8 * 8

@@ -234,7 +234,8 @@ def typed(tmp_path_factory):
     """A recipe as a file, the root of its runs, and what the command printed and returned."""
     root = tmp_path_factory.mktemp("typed")
     (root / "small.yaml").write_text(json.dumps(recipe().dump()))
-    return root, type_in("forecast", root / "small.yaml", "--root", root, "--budget", "0.5", "--verify")
+    words = ("--budget", "0.5", "--verify", "--diagnose")
+    return root, type_in("forecast", root / "small.yaml", "--root", root, *words)
 
 
 def test_the_command_tells_all_and_exits_with_4_past_the_limit(typed):
@@ -253,12 +254,27 @@ def test_the_command_tells_all_and_exits_with_4_past_the_limit(typed):
         "accuracy of each old task",
         "the 5 old classes that fall most",
         "what a shorter training buys",
+        "the layers that carry most of the forecast drift",
+        "energy of the drift by direction",
         f"forecast: {path}",
     ):
         assert words in done.output
     assert record["safe"]["drop"] <= 0.02
     worst = max(record["per_class"], key=lambda row: row["accuracy_before"] - row["accuracy_forecast"])
     assert done.output.index("fall most") < done.output.index(f"\n{worst['class']} ", done.output.index("fall most"))
+
+
+def test_diagnostics_of_the_record(typed):
+    root, _ = typed
+    found = read_record(next(root.glob("*/forecast.json")))["diagnostics"]
+    assert [row["layer"] for row in found["layers"]] == ["0.1", "1"]
+    whole = {row["layer"]: row for row in found["layers"]}
+    assert whole["0.1"]["parameters"] == 64 * 16 + 16
+    assert 0 < whole["1"]["share"] < 1.5
+    assert found["kernel"]["change"] > 0
+    for way in ("measured", "predicted"):
+        assert 0.95 < sum(row[way] for row in found["directions"]) < 1 + 1e-9
+    assert len(found["directions"][0]["classes"]) == 2
 
 
 def test_other_exit_codes(typed, tmp_path, monkeypatch):
@@ -304,9 +320,11 @@ def test_the_page_is_drawn_from_the_record_alone(typed):
     assert page.read_text() == first
     record = read_record(page.with_suffix(".json"))
     assert first.count("<svg") == 2
+    assert f'data-value="{record["diagnostics"]["layers"][0]["share"]}"' in first
+    assert "Energy of the drift by direction" in first
     assert json.dumps(record["split_hash"]) in first
     assert f'data-value="{record["forecast"]["drop"]}"' in first
-    measured = dict(record, calibration=None)
+    measured = dict(record, calibration=None, diagnostics=None)
     page.with_suffix(".json").write_text(json.dumps(measured))
     assert type_in("report", page.with_suffix(".json")).exit_code == 0
     assert "broken precision" not in page.read_text()

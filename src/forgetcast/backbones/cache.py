@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from forgetcast.backbones.weights import weights_hash
 from forgetcast.checks import complaint, require_finite, require_integer
 
+PART_ROWS = 1024  # what an interruption can cost: half a minute of a small ViT on a CPU
 Read = Callable[[Int[np.ndarray, " _"]], Tensor]
 
 
@@ -35,11 +35,14 @@ def cached_features(
 ) -> Float[Tensor, "n d"]:
     """Features of samples 0 .. rows - 1, from `folder` where they are there already.
 
+    They are kept in parts of `PART_ROWS` rows, each written as soon as it is computed: called again after an
+    interruption, it goes on with the part that was not finished.
+
     Args:
         backbone: maps a batch to (n, d); run in evaluation mode, without gradient.
         read: maps places in the source to inputs.
         rows: number of samples.
-        folder: holds one safetensors file a key.
+        folder: holds one folder a key, in which each part is a safetensors file.
         data_hash: of the samples.
         preprocessing: describes how `read` prepares them: its hash or record.
         batch_size: samples a pass; no part of the key, because rows do not depend on each other.
@@ -51,18 +54,17 @@ def cached_features(
     """
     require_integer("rows", rows, least=1)
     require_integer("batch_size", batch_size, least=1)
-    key = features_key(backbone, rows, data_hash=data_hash, preprocessing=preprocessing)
-    path = folder / f"{key}.safetensors"
-    kept = _kept(path, rows)
-    if kept is not None:
-        return kept
-    phi = extract(backbone, read, rows, batch_size, torch.device(device), on_batch)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=folder, suffix=".part", delete=False) as part:
-        pass
-    save_file({"phi": phi}, part.name, metadata={"sha256": _checksum(phi)})
-    os.replace(part.name, path)  # noqa: PTH105
-    return phi
+    place = folder / features_key(backbone, rows, data_hash=data_hash, preprocessing=preprocessing)
+    parts = []
+    for first in range(0, rows, PART_ROWS):
+        places = np.arange(first, min(first + PART_ROWS, rows))
+        path = place / f"{first:09d}.safetensors"
+        phi = _kept(path, len(places))
+        if phi is None:
+            phi = extract(backbone, read, places, batch_size, torch.device(device), on_batch)
+            _keep(phi, path)
+        parts.append(phi)
+    return torch.cat(parts)
 
 
 def features_key(backbone: nn.Module, rows: int, *, data_hash: str, preprocessing: str = "") -> str:
@@ -77,32 +79,40 @@ def features_key(backbone: nn.Module, rows: int, *, data_hash: str, preprocessin
 def extract(
     backbone: nn.Module,
     read: Read,
-    rows: int,
+    places: Int[np.ndarray, " n"],
     batch_size: int,
     device: torch.device,
     on_batch: Callable[[int], None] = lambda _: None,
 ) -> Float[Tensor, "n d"]:
-    """Features of samples 0 .. rows - 1 in float32 on the CPU; the backbone is left in the mode it was in."""
+    """Features of the samples at `places` in float32 on the CPU; the backbone is left in the mode it was in."""
     training = backbone.training
     backbone.to(device).eval()
     parts = []
     try:
         with torch.no_grad():
-            for start in range(0, rows, batch_size):
-                places = np.arange(start, min(start + batch_size, rows))
-                phi = backbone(read(places).to(device))
-                if phi.ndim != 2 or len(phi) != len(places):
+            for start in range(0, len(places), batch_size):
+                batch = places[start : start + batch_size]
+                phi = backbone(read(batch).to(device))
+                if phi.ndim != 2 or len(phi) != len(batch):
                     raise complaint(
-                        f"the backbone made {tuple(phi.shape)} of {len(places)} samples",
+                        f"the backbone made {tuple(phi.shape)} of {len(batch)} samples",
                         "features (n, d), one row a sample",
                         "Pool its output, for example with the class token.",
                     )
-                require_finite("features", phi, first_row=start)
+                require_finite("features", phi, first_row=int(batch[0]))
                 parts.append(phi.float().cpu())
-                on_batch(len(places))
+                on_batch(len(batch))
     finally:
         backbone.train(training)
     return torch.cat(parts)
+
+
+def _keep(phi: Tensor, path: Path) -> None:
+    """Write features, which appear whole or not at all, also where another process writes the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    save_file({"phi": phi}, part, metadata={"sha256": _checksum(phi)})
+    part.replace(path)
 
 
 def _checksum(phi: Tensor) -> str:

@@ -26,6 +26,7 @@ _SETTINGS = (
     "seconds",
 )
 _DEFINED = ("old_accuracy", "drop", "interval", "new_accuracy", "expected_cosine", "share_of_run", "relative_drift")
+_DIAGNOSED = ("share", "alone", "missing", "kernel_change")
 _MEASURED = ("accuracy_error", "cosine", "relative_error", "rank_correlation", "broken_precision", "broken_recall")
 
 
@@ -69,10 +70,22 @@ def render_forecast_page(record: Mapping[str, Any]) -> str:
         record_json=script_json(record),
         method=record["recipe"]["method"]["name"],
         figures=list(_figures(record)),
-        defined=_DEFINED if record["calibration"] is None else (*_DEFINED, *_MEASURED),
+        defined=list(_defined(record)),
+        diagnostics=record.get("diagnostics"),
         measured=() if record["calibration"] is None else _MEASURED,
         settings=[line for name in _SETTINGS if name in record for line in flatten(name, record[name])],
     )
+
+
+def _defined(record: Mapping[str, Any]) -> Iterator[str]:
+    """Names of the numbers on the page."""
+    yield from _DEFINED
+    if record["calibration"] is not None:
+        yield from _MEASURED
+    if record.get("diagnostics") is not None:
+        yield from _DIAGNOSED
+        if record["diagnostics"]["directions"] is not None:
+            yield "energy"
 
 
 def _figures(record: Mapping[str, Any]) -> Iterator[Figure]:

@@ -124,7 +124,7 @@ def assemble(recipe: Recipe, root: Path, accelerator: Accelerator, console: Cons
     screen = (console or Console(stderr=True)) if accelerator.is_main_process else None
     with accelerator.main_process_first(), counting_bar(screen, "features", len(stream.source)) as on_batch:
         prepared = prepare(recipe, stream.source, root / FEATURES, device=accelerator.device, on_batch=on_batch)
-    folder = open_run(root, recipe)
+        folder = open_run(root, recipe)
     options: dict[str, Any] = dict(recipe.method.options)
     if "seed" in signature(method_class(recipe.method.name)).parameters:
         options["seed"] = recipe.seed

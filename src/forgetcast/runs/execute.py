@@ -1,10 +1,12 @@
 """A recipe in, a finished run out: source, stream, backbone, method, the loop, and the record of it all."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
+from accelerate import Accelerator
 from rich.console import Console
 
 from forgetcast.backbones.weights import weights_hash
@@ -22,6 +24,8 @@ from forgetcast.runs.trackers import tracked_accelerator, tracking
 def execute(recipe: Recipe, root: Path, console: Console | None = None) -> Path:
     """Run a recipe to its end, or go on where it stopped; its directory holds everything.
 
+    Of several processes only the main one writes there.
+
     Args:
         recipe: all that decides the numbers.
         root: the directory that holds the runs; features that are kept go into its folder `features`.
@@ -38,11 +42,9 @@ def execute(recipe: Recipe, root: Path, console: Console | None = None) -> Path:
     accelerator = tracked_accelerator(recipe.trackers, place, mixed_precision=PRECISIONS[training.precision])
     made = assemble(recipe, root, accelerator, console)
     started = monotonic()
-    log_path = made.folder / "metrics.jsonl"
-    log_path.unlink(missing_ok=True)  # a resumed run reports its earlier events again
     elsewhere = made.prepared.numbers_elsewhere
     with (
-        MetricsLog(log_path) as log,
+        _logging(accelerator, made.folder / "metrics.jsonl") as log,
         progress_bar(made.screen, len(made.stream), training.epochs) as bar,
         tracking(accelerator, made.folder.name, recipe.dump()) as track,
     ):
@@ -50,15 +52,28 @@ def execute(recipe: Recipe, root: Path, console: Console | None = None) -> Path:
         def on_event(event: Mapping[str, Any]) -> None:
             if "stored_numbers" in event:
                 event = {**event, "stored_numbers": event["stored_numbers"] + elsewhere}
-            log.append(event)
+            log(event)
             track(event)
             if bar is not None:
                 bar.on_event(event)
 
         done = made.learn(on_event=on_event, on_step=None if bar is None else bar.on_step)
     numbers = measured(done, made.stream, made.method, numbers_elsewhere=elsewhere)
-    write_record(_record(made, numbers, monotonic() - started), made.folder)
+    if accelerator.is_main_process:
+        write_record(_record(made, numbers, monotonic() - started), made.folder)
+    accelerator.wait_for_everyone()  # so that all of them find the record
     return made.folder
+
+
+@contextmanager
+def _logging(accelerator: Accelerator, path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """What writes events into a log that starts empty: a run that goes on reports its earlier events again."""
+    if not accelerator.is_main_process:
+        yield lambda _: None
+        return
+    path.unlink(missing_ok=True)
+    with MetricsLog(path) as log:
+        yield log.append
 
 
 def _record(made: Assembly, numbers: dict[str, Any], seconds: float) -> dict[str, Any]:

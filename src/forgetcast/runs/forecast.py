@@ -23,6 +23,7 @@ from forgetcast.learn.evaluate import logits_of
 from forgetcast.learn.progress import finished_tasks
 from forgetcast.runs.assembly import PRECISIONS, Assembly, assemble
 from forgetcast.runs.bar import counting_bar, progress_bar
+from forgetcast.runs.diagnosed import diagnosed
 from forgetcast.runs.frontier import exceeds, frontier, within
 from forgetcast.runs.recipe import Recipe
 from forgetcast.runs.record import provenance, write_whole
@@ -41,6 +42,14 @@ DEFINITIONS = {
     "relative_drift": "Size of the forecast change of the old logits, relative to that of these logits.",
     "broken_precision": "Share of the answers forecast to turn wrong that did.",
     "broken_recall": "Share of the answers that turned wrong that were forecast to.",
+    "share": "Part of the forecast drift of the old logits along it that a layer makes when it alone stands at its "
+    "predicted end; the shares add up to 1 where layers do not act together.",
+    "alone": "Size of the drift that a layer makes alone, relative to the whole.",
+    "missing": "Size of the drift that all other layers make, relative to the whole.",
+    "kernel_change": "Change of the tangent kernel of some old samples from the start to the predicted end of the "
+    "training, relative to the start.",
+    "energy": "Share of the squared drift of the old logits along a direction of outputs; the directions are those of "
+    "the measured drift (right singular vectors).",
     **COLUMNS,
 }
 
@@ -54,6 +63,7 @@ def forecast_recipe(
     budget: float = 0.15,
     most_old: int = 1000,
     verify: bool = False,
+    diagnose: bool = False,
     console: Console | None = None,
 ) -> Path:
     """Forecast what a task of a recipe's run will make the model forget, and write it into the run's directory.
@@ -68,6 +78,7 @@ def forecast_recipe(
         budget: share of the training's cost that the forecast may take; 1 replays it.
         most_old: old samples, at most.
         verify: learn the task for real afterwards and hold the forecast against it.
+        diagnose: say which layers carry the forecast drift, and with `verify` along which directions it was measured.
         console: for progress bars.
 
     Returns:
@@ -104,6 +115,7 @@ def forecast_recipe(
         "weights_hash": {"backbone_at_start": made.prepared.weights, "model_before_task": weights},
         "settings": {"max_drop": max_drop, "budget": budget, "old_samples": most_old},
         **told(made, ahead, found, max_drop, measured),
+        "diagnostics": diagnosed(ahead, found, class_names(made), measured) if diagnose else None,
         "definitions": DEFINITIONS,
         "seconds": monotonic() - started,
     }
@@ -133,8 +145,7 @@ def told(
     if real is not None:
         hits["measured"] = right(real, seen.labels)
     points = frontier(found, ahead, seen.accuracy_before)
-    names, stream = made.stream.source.class_names, made.stream
-    classes = [str(label) if names is None else names[label] for label in stream.class_order]
+    stream, classes = made.stream, class_names(made)
     tasks, trust = torch.from_numpy(ahead.tasks), found.trust
     drop = seen.accuracy_before - seen.accuracy
     return {
@@ -173,6 +184,12 @@ def told(
         "safe": asdict(within(points, max_drop)),
         "calibration": None if measured is None or real is None else _calibration(found, seen, measured, real),
     }
+
+
+def class_names(made: Assembly) -> list[str]:
+    """Of the outputs, in their order."""
+    names = made.stream.source.class_names
+    return [str(label) if names is None else names[label] for label in made.stream.class_order]
 
 
 def _assembled(recipe: Recipe, root: Path, console: Console | None) -> Assembly:

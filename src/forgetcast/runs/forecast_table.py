@@ -44,7 +44,7 @@ def forecast_lines(record: Record) -> Iterator[str]:
 
 
 def forecast_tables(record: Record) -> list[Table]:
-    """Each old task, the classes that fall most, and the frontier."""
+    """Each old task, the classes that fall most, the frontier, and the diagnostics if there are any."""
     ways = ("before", "forecast") if record["calibration"] is None else ("before", "forecast", "measured")
     columns = ("samples", "now", *ways[1:], "drop")
     tasks = _table("accuracy of each old task, and its forecast drop", ("task", *columns))
@@ -59,7 +59,28 @@ def forecast_tables(record: Record) -> list[Table]:
     for point in [points[k] for k in shown]:
         new = "" if point["new_accuracy"] is None else f"{point['new_accuracy']:.1%}"
         frontier.add_row(str(point["steps"]), f"{point['old_accuracy']:.1%}", _points(point["drop"]), new)
-    return [tasks, classes, frontier]
+    return [tasks, classes, frontier, *diagnostic_tables(record)]
+
+
+def diagnostic_tables(record: Record) -> Iterator[Table]:
+    """The layers that carry most of the forecast drift, and the energy of the measured one by direction."""
+    found = record.get("diagnostics")
+    if found is None:
+        return
+    layers = _table(
+        "the layers that carry most of the forecast drift",
+        ("layer", "parameters", "share", "alone", "missing", "kernel change"),
+    )
+    for row in sorted(found["layers"], key=lambda row: abs(row["share"] or 0.0), reverse=True)[:ROWS]:
+        sizes = (_number(row[name]) for name in ("share", "alone", "missing", "kernel_change"))
+        layers.add_row(escape(row["layer"]), str(row["parameters"]), *sizes)
+    yield layers
+    if found["directions"] is not None:
+        energy = _table("energy of the drift by direction", ("most between", "measured", "forecast", "cosine"))
+        for row in found["directions"][:WORST]:
+            shares = (f"{row[way]:.1%}" for way in ("measured", "predicted"))
+            energy.add_row(escape(", ".join(row["classes"])), *shares, _number(row["cosine"]))
+        yield energy
 
 
 def _drop(row: Record) -> float:

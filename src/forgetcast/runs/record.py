@@ -1,9 +1,7 @@
 """The record of a run: everything that is needed to say what its numbers are, in one JSON file."""
 
 import json
-import os
 import platform
-import tempfile
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -32,12 +30,11 @@ def write_record(record: Mapping[str, Any], folder: Path) -> Path:
 
 
 def write_whole(text: str, path: Path) -> Path:
-    """Write a text file, which appears whole or not at all."""
+    """Write a text file, which appears whole or not at all; what a kill leaves is written over the next time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as part:
-        part.write(text)
-    os.replace(part.name, path)  # noqa: PTH105
-    return path
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    return part.replace(path)
 
 
 def read_record(folder: Path) -> dict[str, Any]:

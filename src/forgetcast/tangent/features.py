@@ -174,7 +174,7 @@ def check_targets(name: str, y: Tensor | None, outputs: int) -> Tensor:
     """The targets, if they fit a head of `outputs` columns: labels in [0, C) as int64, or values (b, C).
 
     Raises:
-        ValueError: no targets, a label out of range, values of another width.
+        ValueError: no targets, a label out of range or not a whole number, values of another width.
     """
     if y is None:
         raise complaint(f"{name}: no targets", "labels (n,) or values (n, C)", "Give y beside the features.")
@@ -186,6 +186,12 @@ def check_targets(name: str, y: Tensor | None, outputs: int) -> Tensor:
                 "Grow the head (LinearHead.grow) or correct the targets.",
             )
         return y
+    if y.ndim != 1 or (y.is_floating_point() and bool((y != y.round()).any())):
+        raise complaint(
+            f"{name}: {y.dtype} targets of shape {tuple(y.shape)} that are no labels",
+            f"labels (n,), whole numbers in 0 .. {outputs - 1}, or values (n, {outputs})",
+            "Give class numbers, or one value for each output.",
+        )
     y = y.long()
     low, high = int(y.min()), int(y.max())
     if low < 0 or high >= outputs:

@@ -3,7 +3,7 @@
 Products are taken in the model's precision (float32 at least) and added up over layers in float64.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from forgetcast.tangent.passes import Pass, Place, Work
 from forgetcast.tangent.planner import Plan
-from forgetcast.tangent.rules import Term
+from forgetcast.tangent.rules import Term, padded
 
 WORKSPACE = 2**26
 """Numbers that one block of products, or of gradients built for them, may hold."""
@@ -71,12 +71,19 @@ def collect(work: Work, plan: Plan) -> Side:
         pieces = [(places, terms[name]) for places, terms in parts if name in terms]
         if name in side.rows:  # some chunk took another way through the model: all of this parameter becomes rows
             for places, terms in pieces:
-                g = {place: side.gradients[place][places] for place in terms if place in side.gradients}
+                g = {
+                    place: padded(side.gradients[place][places, :, : term.tokens or None], 2, term.tokens)
+                    for place, term in terms.items()
+                    if place in side.gradients
+                }
                 built = Side(n, outputs, g, {name: terms}, {}).built(name, slice(None))
                 side.rows[name][places] = 0 if built is None else built
         elif pieces:
             (_, first), *others = pieces
-            side.terms[name] = {place: term.joined([t[place] for _, t in others]) for place, term in first.items()}
+            joined = {place: term.joined([t[place] for _, t in others]) for place, term in first.items()}
+            side.terms[name] = joined
+            for place in joined.keys() & side.gradients.keys():  # the longest inputs may have had no gradient
+                side.gradients[place] = padded(side.gradients[place], 2, joined[place].tokens)
     return side
 
 
@@ -85,7 +92,10 @@ def _backwards(part: Pass, side: Side, factored: set[str]) -> None:
     for c in range(side.outputs):
         g = part.backward(c)
         for place in watched & g.keys():
-            _room(side.gradients, place, side.samples, side.outputs, g[place])[part.places, c] = g[place]
+            length = g[place].shape[1]
+            room = _room(side.gradients, place, side.samples, side.outputs, g[place])
+            side.gradients[place] = room = padded(room, 2, length)  # lengths of texts may differ between chunks
+            room[part.places, c, :length] = g[place]
         for name, terms in part.terms.items():
             for place in terms.keys() & g.keys() if name not in factored else ():
                 found = terms[place].rows(g[place])
@@ -100,13 +110,20 @@ def _room(store: dict[Any, Tensor], key: Any, samples: int, outputs: int, like: 
     return store[key]
 
 
-def block(a: Side, b: Side, plan: Plan, *, trace: bool, device: torch.device) -> Float[Tensor, "n c m c"]:
-    """The kernel of two sides; (n, 1, m, 1), summed over equal outputs, if `trace`. Symmetric if they are the same."""
+def block(
+    a: Side, b: Side, plan: Plan, chosen: Collection[str] | None = None, *, trace: bool, device: torch.device
+) -> Float[Tensor, "n c m c"]:
+    """The kernel of two sides; (n, 1, m, 1), summed over equal outputs, if `trace`. Symmetric if they are the same.
+
+    `chosen` are the parameters whose kernel it is; None for all.
+    """
     c = 1 if trace else a.outputs
     K = torch.zeros(a.samples, c, b.samples, c, dtype=torch.float64, device=device)
     grams: dict[tuple[tuple[Place, ...], tuple[Place, ...]], list[str]] = {}
     # rows may also hold a parameter that the surveyed samples did not meet
     for name in dict.fromkeys([*plan.layers, *a.rows, *b.rows]):
+        if chosen is not None and name not in chosen:
+            continue
         if name in a.terms and name in b.terms and plan.layers[name].form == "gram":
             grams.setdefault((a.places(name), b.places(name)), []).append(name)
         else:
@@ -149,8 +166,16 @@ def _slices(start: int, stop: int, step: int) -> Iterator[slice]:
 
 
 def _explicit(a: Side, b: Side, name: str, parameters: int, *, trace: bool) -> tuple[int, Product]:
+    # gradients that fit are built once, not again for every block
+    fit = max(a.samples, b.samples) * a.outputs * parameters <= WORKSPACE
+    rows = a.built(name, slice(None)) if fit else None
+    columns = rows if a is b else b.built(name, slice(None)) if fit else None
+
     def product(i: slice, j: slice) -> Tensor | None:
-        left, right = a.built(name, i), b.built(name, j)
+        if fit:
+            left, right = (None if part is None else part[k] for part, k in ((rows, i), (columns, j)))
+        else:
+            left, right = a.built(name, i), b.built(name, j)
         if left is None or right is None:
             return None
         if trace:

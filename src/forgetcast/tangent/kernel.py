@@ -6,7 +6,7 @@ The Jacobian is not built where the planner finds the Gram form of a layer cheap
 outputs here: for a softmax head trained from zero it is zero everywhere, since the class rows keep summing to zero.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from forgetcast.checks import complaint, require_finite, require_integer
-from forgetcast.tangent.gram import block, collect
+from forgetcast.tangent.gram import Side, block, collect
 from forgetcast.tangent.inputs import sample_count
 from forgetcast.tangent.jacobian import heads_of, trainable
 from forgetcast.tangent.passes import Work, prepared
@@ -139,6 +139,41 @@ def trace_kernel(
     )
 
 
+def grouped_trace_kernels(
+    model: nn.Module,
+    samples: Any,
+    groups: Mapping[str, Mapping[str, nn.Parameter]],
+    *,
+    outputs: Callable[[Any], Tensor] | None = None,
+    probes: int | None = None,
+    seed: int = 0,
+    chunk: int | None = None,
+    memory: float = MEMORY,
+) -> dict[str, Float[Tensor, "n n"]]:
+    """The trace kernel of each of several groups of parameters; that of all together is their sum.
+
+    Args:
+        model: as for `tangent_kernel`.
+        samples: as a of `tangent_kernel`.
+        groups: by a name of yours, parameters by their names in the model; in one group each.
+        outputs: as for `tangent_kernel`.
+        probes: as for `trace_kernel`.
+        seed: of the probes.
+        chunk: as for `tangent_kernel`.
+        memory: as for `tangent_kernel`.
+
+    Raises:
+        ValueError: as for `tangent_kernel`.
+
+    Cost: that of one `trace_kernel` of all of them.
+    """
+    parameters = {name: parameter for group in groups.values() for name, parameter in group.items()}
+    heads = _Heads(heads_of(outputs), probes, seed, probing=True)
+    (side,), planned = _collected(model, [samples], parameters, heads, chunk, memory, trace=True)
+    device = next(iter(parameters.values())).device
+    return {name: _block(side, side, planned, set(group), device, trace=True) for name, group in groups.items()}
+
+
 def kronecker_kernel(
     model: nn.Module,
     a: Any,
@@ -233,7 +268,26 @@ def _kernel(
 ) -> KernelBlocks:
     sets = [a] if b is None else [a, b]
     parameters = trainable(model) if parameters is None else parameters
-    with prepared(model, a, parameters, heads, chunk) as work:
+    sides, planned = _collected(model, sets, parameters, heads, chunk, memory, trace=trace)
+    device = next(iter(parameters.values())).device
+    found = [_block(x, y, planned, None, device, trace=trace) for k, x in enumerate(sides) for y in sides[k:]]
+    zero = tuple(name for name in parameters if not any(name in side.rows or side.places(name) for side in sides))
+    aa, ab, bb = found if b is not None else (found[0], None, None)
+    return KernelBlocks(aa, ab, bb, planned, zero)
+
+
+def _collected(
+    model: nn.Module,
+    sets: Sequence[Any],
+    parameters: Mapping[str, nn.Parameter],
+    heads: _Heads,
+    chunk: int | None,
+    memory: float,
+    *,
+    trace: bool,
+) -> tuple[list[Side], Plan]:
+    """What each set contributes, and how the blocks are to be computed."""
+    with prepared(model, sets[0], parameters, heads, chunk) as work:
         planned = plan(
             work.survey.sizes,
             {name: parameters[name].numel() for name in (*work.survey.vectorised, *work.survey.looped)},
@@ -246,12 +300,12 @@ def _kernel(
         )
         require_memory(planned, memory)
         sides = [collect(Work(model, part, work.parameters, heads, work.survey, work.chunk), planned) for part in sets]
-    device = next(iter(parameters.values())).device
-    found = [block(x, y, planned, trace=trace, device=device) for k, x in enumerate(sides) for y in sides[k:]]
-    for part in found:
-        require_finite("the kernel", part)
-    if trace:
-        found = [part[:, 0, :, 0] / planned.outputs for part in found]
-    zero = tuple(name for name in parameters if not any(name in side.rows or side.places(name) for side in sides))
-    aa, ab, bb = found if b is not None else (found[0], None, None)
-    return KernelBlocks(aa, ab, bb, planned, zero)
+    return sides, planned
+
+
+def _block(
+    x: Side, y: Side, planned: Plan, names: Collection[str] | None, device: torch.device, *, trace: bool
+) -> Tensor:
+    found = block(x, y, planned, names, trace=trace, device=device)
+    require_finite("the kernel", found)
+    return found[:, 0, :, 0] / planned.outputs if trace else found

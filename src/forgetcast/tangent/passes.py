@@ -149,7 +149,11 @@ class Work:
                 continue
             layers = layers_of({name: self.survey.sites[name]})
             reached = sum(use.edge.node in nodes for layer in layers for use in uses[layer])
-            alike = all([call.shape(n) for call in self.survey.calls[x]] == [u.shape for u in uses[x]] for x in layers)
+            alike = all(
+                len(self.survey.calls[x]) == len(uses[x])
+                and all(call.fits(use.shape, n) for call, use in zip(self.survey.calls[x], uses[x], strict=True))
+                for x in layers
+            )
             if alike and readers[id(parameter)] <= reached:
                 covered[name] = self.survey.sites[name]
             else:

@@ -31,6 +31,11 @@ class Term(Protocol):
         """Width of what `gram` multiplies; None for a term without a Gram form."""
         ...
 
+    @property
+    def tokens(self) -> int:
+        """T; 0 for a term that fits any."""
+        ...
+
     def rows(self, g: Tensor) -> Float[Tensor, "n p"]:
         """Per-sample gradients, flattened as the parameter is."""
         ...
@@ -44,7 +49,7 @@ class Term(Protocol):
         ...
 
     def joined(self, others: Sequence[Any]) -> "Term":
-        """Of the samples of this term and of others of its kind."""
+        """Of the samples of this term and of others of its kind, as long as the longest: zeros where one is shorter."""
         ...
 
     def gram(self, other: Any) -> Tensor | float:
@@ -69,6 +74,11 @@ class Matrix:
         """Width of x; None for several groups."""
         return self.x.shape[-1] if self.x.shape[1] == 1 else None
 
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.x.shape[2]
+
     def rows(self, g: Tensor) -> Float[Tensor, "n p"]:
         """`sum_t g_t x_t^T`. Cost: 2 n T inputs outputs."""
         n, groups, T, _ = self.x.shape
@@ -88,7 +98,7 @@ class Matrix:
 
     def joined(self, others: Sequence["Matrix"]) -> "Matrix":
         """Of all samples."""
-        return Matrix(torch.cat([self.x, *(other.x for other in others)]), self.transposed)
+        return Matrix(_lengthened([self.x, *(other.x for other in others)], 2), self.transposed)
 
     def gram(self, other: "Matrix") -> Float[Tensor, "n T m S"]:
         """`x_it . x_js`. Cost: 2 n T m S inputs."""
@@ -104,6 +114,11 @@ class Bias:
     @property
     def inputs(self) -> int:
         """Nothing is multiplied."""
+        return 0
+
+    @property
+    def tokens(self) -> int:
+        """Any."""
         return 0
 
     def rows(self, g: Tensor) -> Float[Tensor, "n p"]:
@@ -138,6 +153,11 @@ class Scale:
         """No Gram form."""
         return
 
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.x.shape[1]
+
     def rows(self, g: Tensor) -> Float[Tensor, "n p"]:
         """`sum_t g_t * x_t`."""
         return (g * self.x).sum(1)
@@ -152,7 +172,7 @@ class Scale:
 
     def joined(self, others: Sequence["Scale"]) -> "Scale":
         """Of all samples."""
-        return Scale(torch.cat([self.x, *(other.x for other in others)]))
+        return Scale(_lengthened([self.x, *(other.x for other in others)], 1))
 
     def gram(self, other: "Scale") -> Tensor:
         """There is none: channels do not separate from tokens."""
@@ -182,6 +202,11 @@ class Lookup:
         """`g` without the places of the padding."""
         return g if self.padding is None else g.masked_fill((self.index == self.padding)[..., None], 0)
 
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.index.shape[1]
+
     def rows(self, g: Tensor) -> Float[Tensor, "n p"]:
         """`sum_t e_index_t g_t^T`. Cost: n (T + size) channels."""
         n = len(self.index)
@@ -199,7 +224,7 @@ class Lookup:
 
     def joined(self, others: Sequence["Lookup"]) -> "Lookup":
         """Of all samples."""
-        return Lookup(torch.cat([self.index, *(other.index for other in others)]), self.size, self.padding)
+        return Lookup(_lengthened([self.index, *(other.index for other in others)], 1), self.size, self.padding)
 
     def gram(self, other: "Lookup") -> Bool[Tensor, "n T m S"]:
         """1 where two places hold the same index that is not the padding."""
@@ -241,6 +266,17 @@ def tokens(values: Tensor, axis: int, trailing: int) -> Shaped[Tensor, "n T chan
         return values.flatten(2).mT if values.ndim > 2 else values[:, None]
     moved = values.movedim(axis, 0)
     return moved.reshape(len(moved), -1, prod(moved.shape[moved.ndim - trailing :]))
+
+
+def padded(values: Tensor, axis: int, length: int) -> Tensor:
+    """Zeros at the end of an axis that is shorter than `length`."""
+    missing = length - values.shape[axis]
+    return functional.pad(values, (0, 0) * (values.ndim - 1 - axis) + (0, missing)) if missing > 0 else values
+
+
+def _lengthened(parts: Sequence[Tensor], axis: int) -> Tensor:
+    longest = max(part.shape[axis] for part in parts)
+    return torch.cat([padded(part, axis, longest) for part in parts])
 
 
 def _norms(x: Tensor, g: Tensor) -> float:

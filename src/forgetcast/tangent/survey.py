@@ -28,14 +28,17 @@ Site = tuple[nn.Module, str]
 
 @dataclass(frozen=True)
 class Call:
-    """One use of a layer in a forward pass: which axis of its output is the sample's, and the other axes' lengths."""
+    """One use of a layer in a forward pass: how many axes its output has, and which of them is the sample's.
+
+    The layer itself fixes the axes of its features; what is left is as long as a batch's texts or images are.
+    """
 
     axis: int
-    rest: tuple[int, ...]
+    axes: int
 
-    def shape(self, samples: int) -> torch.Size:
-        """Of the output for so many samples."""
-        return torch.Size((*self.rest[: self.axis], samples, *self.rest[self.axis :]))
+    def fits(self, shape: Sequence[int], samples: int) -> bool:
+        """Whether an output of this shape holds so many samples on that axis."""
+        return len(shape) == self.axes and shape[self.axis] == samples
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,7 +205,7 @@ def _call(rule: Rule, use: Use, each: Sequence[Tensor]) -> Call | None:
     for axis in rule.axes(use.shape, len(each)):
         strangers = (g.movedim(axis, 0)[[j for j in range(len(each)) if j != i]] for i, g in enumerate(each))
         if not any(bool(part.any()) for part in strangers):
-            return Call(axis, tuple(size for place, size in enumerate(use.shape) if place != axis))
+            return Call(axis, len(use.shape))
     return None
 
 

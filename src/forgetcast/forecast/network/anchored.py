@@ -17,16 +17,22 @@ from torch import Tensor
 from forgetcast.checks import complaint
 from forgetcast.forecast.network.draw import Draw
 from forgetcast.forecast.network.head import Network
+from forgetcast.forecast.network.memory import fitted, visits
 from forgetcast.forecast.network.plan import Budget
 from forgetcast.forecast.network.samples import Samples
 from forgetcast.forecast.network.steps import Batching, ExpectedStep
-from forgetcast.forecast.network.surrogate import Objective, Sight, Surrogate, directed, joined, surrogate
+from forgetcast.forecast.network.surrogate import TINY, Objective, Sight, Slope, Surrogate, directed, surrogate
+from forgetcast.forecast.network.window import Window, anchors_in_use, window
 from forgetcast.forecast.simulate import batches
 from forgetcast.forecast.training import SGD, AdamW, GradientDescent, Training, clip_factor
 from forgetcast.tangent.passes import Work, prepared
 
+LEAST_MISSES = 3
 SIGHT_STEPS = 3
 """Head-only steps after which the first anchor takes its directions: a fresh head has none at the start."""
+
+ROUNDING = 8.0
+"""Features that move by less than so many roundings of their size do not move."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +61,7 @@ class Path:
     Attributes:
         places: after each step asked for.
         surrogates: one an anchor; kept only where they are wanted again.
-        window: how many of them are in use together.
+        windows: for each of them, how many are in use together from there on.
         blind: for each step, the share of the gradient outside the surrogate's directions.
         misses: for each anchor but the first, squared error and squared size of the change that the one before it
             predicted along the directions of a few samples.
@@ -63,7 +69,7 @@ class Path:
 
     places: dict[int, Place]
     surrogates: tuple[Surrogate, ...]
-    window: int
+    windows: tuple[int, ...]
     blind: tuple[float, ...]
     misses: tuple[tuple[float, float], ...]
 
@@ -83,7 +89,7 @@ class Walker:
         training: what is followed.
         place: the parameters now.
         batching: of the run.
-        window: how many surrogates are in use together, the newest at hand and those before it.
+        remembers: whether what the run has fitted of its samples is taken into account (`memory`).
         blind: for each step, the share of the gradient outside the directions kept.
     """
 
@@ -91,32 +97,57 @@ class Walker:
     training: SGD | AdamW | GradientDescent
     place: Place
     batching: Batching
-    window: int = 1
+    remembers: bool = True
     blind: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         parts = (self.place.theta, self.place.weight, self.place.bias)
         self.states = [ExpectedStep(self.training, part.clone(), self.batching) for part in parts]
-        self.recent: deque[Surrogate] = deque(maxlen=self.window)
-        self.taken: list[tuple[int, float]] = []
+        trains = (len(self.place.theta) > 0, "weight" in self.net.of_head, "bias" in self.net.of_head)
+        self.moving = trains
+        self.near: Window | None = None
+        self.taken: list[float] = []
+        self.left: list[int] = []
+        self.body: Slope | None = None
 
-    def take(self, newest: Surrogate) -> None:
-        """From here on use this surrogate too."""
-        self.recent.append(newest)
-        self.taken.append((len(self.blind), newest.effective))
-        self.near = joined(tuple(self.recent))
-        self.squares = self.near.gradients.square()
+    def take(self, newest: Surrogate, most: int) -> None:
+        """From here on use this surrogate too, and of all so far the last `most`."""
+        self.taken.append(newest.effective)
+        shift = self.fitted(newest) if self.remembers else None
+        self.near = window(newest, shift) if self.near is None else self.near.then(newest, shift, most)
+        self.left += [len(self.blind)] * (len(self.taken) - len(self.near.parts) - len(self.left))
+
+    def fitted(self, newest: Surrogate) -> Tensor:
+        """By how much the run's own steps on these samples have moved their logits."""
+        place, step = self.place, len(self.blind)
+        theta, weight, bias = (
+            state.gain() if moves else torch.zeros_like(state.start)
+            for state, moves in zip(self.states, self.moving, strict=True)
+        )
+        often, length = visits(self.training, self.batching, step)
+        return fitted(newest, place.theta, place.weight, place.bias, (theta, weight, bias), often, length)
+
+    def noise(self) -> float:
+        """Spread of the samples' gradients relative to their squared mean, both without bias; at most 1e6."""
+        if self.near is None or self.body is None:
+            return 0.0
+        square = float(self.body.mean.square().sum())
+        spread = (float(self.body.second.sum()) - square) / max(1 - 1 / self.near.effective, 1 / 3)
+        return min(spread / max(square - spread / self.near.effective, 1e-6 * spread, TINY), 1e6)
 
     def step(self) -> None:
         """One step on the surrogates in use."""
         place, near = self.place, self.near
-        body, rows, bias, blind = near.slopes(place.theta, place.weight, place.bias, self.squares)
+        assert near is not None
+        body, rows, bias, blind = near.slopes(place.theta, place.weight, place.bias)
         lately = self.lately()
         self.blind.append(blind)
-        moving = [len(place.theta) > 0, "weight" in self.net.of_head, "bias" in self.net.of_head]
+        self.body = body if self.moving[0] else None
         values, slopes = (place.theta, place.weight, place.bias), (body, rows, bias)
         parts = [
-            part for part, moves in zip(zip(self.states, values, slopes, strict=True), moving, strict=True) if moves
+            part
+            for part, moves in zip(zip(self.states, values, slopes, strict=True), self.moving, strict=True)
+            if moves
         ]
         factor = 1.0
         if not isinstance(self.training, GradientDescent) and self.training.max_gradient_norm is not None:
@@ -129,9 +160,8 @@ class Walker:
         """Samples that were in use within the steps that the momentum remembers, about (1 + beta) / (1 - beta) / 2."""
         beta = self.training.betas[0] if isinstance(self.training, AdamW) else 0.0
         since = len(self.blind) - (1 + beta) / (1 - beta) / 2
-        ends = [step for step, _ in self.taken[self.window :]]
-        dropped = sum(end <= since for end in ends)
-        return sum(size for _, size in self.taken[dropped:])
+        forgotten = sum(step <= since for step in self.left)
+        return sum(self.taken[forgotten:])
 
     def check(self) -> None:
         """Raise if the path has left the finite numbers."""
@@ -192,10 +222,12 @@ def anchored_path(
     """
     batching = batching_of(training, population or len(new))
     start = Place(net.theta(), net.weight(), net.bias())
-    walker = Walker(net, training, start.copy(), batching, plan.window)
+    walker = Walker(net, training, start.copy(), batching, remembers=not plan.exact)
     anchors = dict(plan.anchors)
     order = batches(training, len(new)) if plan.exact and not isinstance(training, GradientDescent) else None
     kept: list[Surrogate] = []
+    windows: list[int] = []
+    unread = torch.ones(len(new), dtype=torch.bool)
     misses: list[tuple[float, float]] = []
     places: dict[int, Place] = {0: start} if 0 in plan.readings else {}
     newest: Surrogate | None = None
@@ -218,12 +250,14 @@ def anchored_path(
                 chosen = new.at(taken).to(device)
                 weights = weights.to(walker.place.weight)
                 ahead = None if plan.exact or step > 0 else _sight(net, training, walker)
-                newest = surrogate(net, work, chosen, training, weights, step, ahead)
-                walker.take(newest)
+                newest = surrogate(net, work, chosen, training, weights, step, ahead, unread[taken].to(device))
+                unread[taken] = False
+                windows.append(plan.window if plan.exact else _anchors_in_use(walker, misses, newest, plan.window))
+                walker.take(newest, windows[-1])
                 index += 1
                 if plan.exact:
                     for state in walker.states:
-                        state.batching = replace(batching, size=newest.effective)
+                        state.batching = replace(batching, size=newest.effective, exact=True)
                 if keep:
                     kept.append(newest)
             walker.step()
@@ -231,7 +265,7 @@ def anchored_path(
                 walker.check()
                 places[step + 1] = walker.place.copy()
             on_step(step + 1)
-    return Path(places, tuple(kept), plan.window, tuple(walker.blind), tuple(misses))
+    return Path(places, tuple(kept), tuple(windows), tuple(walker.blind), tuple(misses))
 
 
 def follow(
@@ -241,7 +275,7 @@ def follow(
     surrogates: Sequence[Surrogate],
     steps: Sequence[int],
     batching: Batching,
-    window: int = 1,
+    windows: Sequence[int],
     turns: Sequence[int] | None = None,
 ) -> Path:
     """Follow a training along surrogates that were taken before, without the model.
@@ -253,21 +287,21 @@ def follow(
         surrogates: in order.
         steps: after which the place is wanted, rising.
         batching: of the run.
-        window: how many surrogates are in use together, the newest at hand and those before it.
+        windows: for each surrogate, how many are in use together from there on, the newest and those before it.
         turns: from which step on each surrogate is used; by default from its own.
     """
-    walker = Walker(net, training, start.copy(), batching, window)
+    walker = Walker(net, training, start.copy(), batching)
     turns = [near.step for near in surrogates] if turns is None else turns
     places: dict[int, Place] = {0: start} if 0 in steps else {}
-    waiting = deque(zip(turns, surrogates, strict=True))
+    waiting = deque(zip(turns, surrogates, windows, strict=True))
     for step in range(max(steps, default=0)):
-        while waiting and (waiting[0][0] <= step or (step == 0 and not walker.recent)):
-            walker.take(waiting.popleft()[1])
+        while waiting and (waiting[0][0] <= step or (step == 0 and walker.near is None)):
+            walker.take(*waiting.popleft()[1:])
         walker.step()
         if step + 1 in steps:
             walker.check()
             places[step + 1] = walker.place.copy()
-    return Path(places, tuple(surrogates), window, tuple(walker.blind), ())
+    return Path(places, tuple(surrogates), tuple(windows), tuple(walker.blind), ())
 
 
 def batching_of(training: SGD | AdamW | GradientDescent, rows: int) -> Batching:
@@ -287,13 +321,21 @@ def _sight(net: Network, training: SGD | AdamW | GradientDescent, walker: Walker
     def ahead(phi: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
         still = phi.new_zeros(len(phi), 0)
         weights = torch.full((len(phi),), 1.0 / len(phi), dtype=phi.dtype, device=phi.device)
-        near = Surrogate(phi, torch.zeros_like(phi), still, still.sum(1), objective, weights, 0)
+        near = Surrogate(phi, torch.zeros_like(phi), still, still.sum(1), objective, weights, 0, weights > 0)
         first = Place(phi.new_zeros(0), walker.place.weight, walker.place.bias)
-        path = follow(net, training, first, [near], [min(SIGHT_STEPS, training.steps)], walker.batching)
+        path = follow(net, training, first, [near], [min(SIGHT_STEPS, training.steps)], walker.batching, [1])
         (place,) = path.places.values()
         return place.weight, place.bias
 
     return ahead
+
+
+def _anchors_in_use(walker: Walker, misses: Sequence[tuple[float, float]], newest: Surrogate, least: int) -> int:
+    size = sum(actual for _, actual in misses)
+    if len(misses) < LEAST_MISSES or size == 0:
+        return least
+    staleness = (sum(error for error, _ in misses) / size) ** 0.5
+    return anchors_in_use(walker.noise(), staleness, newest.effective, least)
 
 
 def _miss(net: Network, new: Samples, near: Surrogate, taken: Tensor, place: Place, count: int) -> tuple[float, float]:
@@ -303,4 +345,6 @@ def _miss(net: Network, new: Samples, near: Surrogate, taken: Tensor, place: Pla
     predicted = part.gradients @ place.theta - part.offsets
     moved = net.features(new.at(taken[few]).to(net.device)) - part.features
     actual = (part.directions * moved).sum(1)
+    rounding = ROUNDING * torch.finfo(moved.dtype).eps * part.features.norm(dim=1)
+    predicted, actual = (torch.where(motion.abs() > rounding, motion, 0.0) for motion in (predicted, actual))
     return float((predicted - actual).square().sum()), float(actual.square().sum())

@@ -13,7 +13,7 @@ from forgetcast.checks import complaint, require_choice, require_finite, require
 from forgetcast.forecast.linear import forecast_linear
 from forgetcast.forecast.network.anchored import Path, Place, anchored_path, batching_of, follow
 from forgetcast.forecast.network.draw import draw
-from forgetcast.forecast.network.head import Network, network
+from forgetcast.forecast.network.head import Network, network, probed
 from forgetcast.forecast.network.pilot import trained_path
 from forgetcast.forecast.network.placed import place_rows
 from forgetcast.forecast.network.plan import FORWARD, HALF_OLD, Budget, plan_anchors
@@ -27,6 +27,7 @@ from forgetcast.forecast.result import Cost
 from forgetcast.forecast.static import static_drift
 from forgetcast.forecast.training import SGD, AdamW, GradientDescent, Training
 from forgetcast.tangent.features import Features, check_targets
+from forgetcast.tangent.inputs import tensors
 from forgetcast.tangent.jacobian import Choice, logits_of, trainable
 from forgetcast.tangent.linear_head import LinearHead
 
@@ -106,6 +107,8 @@ def forecast(
     old_samples, new_samples = samples_of("old", old), samples_of("new", new)
     device = next(model.parameters()).device
     net = network(model, new_samples.at(torch.arange(min(2, len(new_samples)))).to(device), chosen, read)
+    if _shapes(old_samples) != _shapes(new_samples):
+        probed(model, old_samples.at(torch.arange(min(2, len(old_samples)))).to(device), read)
     described = describe(training)
     if outputs is not None and not callable(outputs):
         old_samples, new_samples = (_renumbered(samples, outputs) for samples in (old_samples, new_samples))
@@ -139,6 +142,7 @@ def forecast(
         sampling = None
         if path.surrogates and not plan.exact and max(len(near) for near in path.surrogates) > 1:
             sampling = _sampling_error(net, old_samples, training, path, readings, batching)
+    silent = bool(net.body) and bool(path.surrogates) and not bool(path.surrogates[0].gradients.any())
     blind = sum(path.blind) / max(len(path.blind), 1)
     passes = {"old": len(readings) - 1 + (sampling is not None), "new": round(plan.new_cost / len(new_samples))}
     return NetworkForecast(
@@ -148,22 +152,37 @@ def forecast(
         settings={"training": described, "estimator": estimator, "budget": budget, "head": head, "seed": seed},
         cost=Cost(perf_counter() - started, passes, estimator),
         estimator=estimator,
-        trust=Trust(sampling, path.surrogate_error, blind, degenerate, plan.exact),
+        trust=Trust(sampling, path.surrogate_error, blind, degenerate, plan.exact, silent),
         share_of_run=plan.share,
         readings=readings,
         batching=batching,
         training=training,
         _net=net,
         _surrogates=path.surrogates,
-        _window=path.window,
+        _windows=path.windows,
     )
+
+
+def _shapes(samples: Samples) -> list[tuple[int, ...]]:
+    return [tuple(part.shape[1:]) for part in tensors(samples.inputs)]
 
 
 def _columns(outputs: Sequence[int]) -> Callable[[Any], Tensor]:
     chosen = sorted({int(output) for output in outputs})
     if not chosen or len(chosen) != len(outputs):
         raise complaint(f"got outputs={list(outputs)}", "distinct outputs, at least one", "Leave None for all.")
-    return lambda found: logits_of(found)[:, chosen]
+
+    def read(found: Any) -> Tensor:
+        logits: Tensor = logits_of(found)
+        if not 0 <= chosen[0] <= chosen[-1] < logits.shape[-1]:
+            raise complaint(
+                f"got outputs={list(outputs)} for a model of {logits.shape[-1]} outputs",
+                f"outputs in 0 .. {logits.shape[-1] - 1}",
+                "Grow the model's head first.",
+            )
+        return logits[:, chosen]
+
+    return read
 
 
 def _renumbered(samples: Samples, outputs: Sequence[int]) -> Samples:
@@ -346,7 +365,7 @@ def _sampling_error(
     """How far the old drift moves when the path is followed with every other sample of each anchor."""
     halves = [near.part(torch.arange(0, len(near), 2)) for near in path.surrogates]
     step = readings[-1].step
-    place = follow(net, training, readings[0].place, halves, [step], batching, path.window).places[step]
+    place = follow(net, training, readings[0].place, halves, [step], batching, path.windows).places[step]
     few = torch.linspace(0, len(old) - 1, min(len(old), HALF_OLD)).long()
     before = readings[0].logits[few.to(net.device)]
     drift = readings[-1].logits[few.to(net.device)] - before

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from forgetcast.checks import complaint
 from forgetcast.forecast.network.samples import Samples
 from forgetcast.tangent.capture import evaluating
-from forgetcast.tangent.inputs import at, called, sample_count
+from forgetcast.tangent.inputs import at, called, sample_count, tensors
 from forgetcast.tangent.jacobian import logits_of
 
 Read = Callable[[Any], Tensor]
@@ -133,7 +133,7 @@ def network(model: nn.Module, samples: Samples, parameters: Mapping[str, nn.Para
     vector a sample, and whose parameters nothing else holds. A hook that changes the output makes it no head.
 
     Raises:
-        ValueError: logits that are not (n, C).
+        ValueError: inputs that the model does not take; logits that are not (n, C).
     """
     read = logits_of if read is None else read
     calls: list[tuple[nn.Linear, Tensor, Tensor]] = []
@@ -146,8 +146,7 @@ def network(model: nn.Module, samples: Samples, parameters: Mapping[str, nn.Para
     handles = [layer.register_forward_hook(keep, with_kwargs=True) for layer in layers]
     few = slice(0, min(2, sample_count(samples.inputs)))
     try:
-        with torch.no_grad(), evaluating(model):
-            logits = read(called(model, at(samples.inputs, few)))
+        logits = probed(model, samples, read)
     finally:
         for handle in handles:
             handle.remove()
@@ -166,6 +165,25 @@ def network(model: nn.Module, samples: Samples, parameters: Mapping[str, nn.Para
     body = {name: parameter for name, parameter in parameters.items() if id(parameter) not in own}
     width = last[0][1].shape[1] if head is not None else logits.shape[1]
     return Network(model, read, head, body, of_head, logits.shape[1], width)
+
+
+def probed(model: nn.Module, samples: Samples, read: Read) -> Any:
+    """What `read` makes of the model's answer to one or two samples.
+
+    Raises:
+        ValueError: inputs that the model does not take.
+    """
+    few = at(samples.inputs, slice(0, 2))
+    try:
+        with torch.no_grad(), evaluating(model):
+            return read(called(model, few))
+    except (RuntimeError, TypeError, IndexError) as error:
+        raise complaint(
+            f"{samples.name}: inputs of shapes {[tuple(part.shape) for part in tensors(few)]} that the model, or what "
+            f"reads its outputs, does not take ({type(error).__name__}: {error})",
+            "what its `forward` takes: a tensor, tensors by name in a mapping, or by place in a tuple",
+            "Compare with a batch that it was trained on.",
+        ) from error
 
 
 def _input_of(given: tuple[Any, ...], named: dict[str, Any]) -> Tensor:

@@ -27,7 +27,7 @@ class Budget:
         looked: new samples of which only the loss is read, to draw hard ones more often.
         readings: steps after which the old samples are read.
         checks: samples an anchor that are read again to test the one before it.
-        window: anchors whose samples are in use together.
+        window: anchors whose samples are in use together, at least.
         cost: of all that.
         new_cost: the new samples' part of it.
         exact: whether every step has its own batch as anchor: the run itself.

@@ -86,7 +86,8 @@ class NetworkForecast(Forecast):
     training: Training
     _net: Network
     _surrogates: tuple[Surrogate, ...]
-    _window: int = 1
+    _windows: tuple[int, ...] = ()
+    _spanning: tuple[Reading, ...] = ()
 
     @property
     def start(self) -> Place:
@@ -186,6 +187,10 @@ class NetworkForecast(Forecast):
             share_of_run=0.0,
             readings=(self.readings[0], Reading(count, place, features)),
             training=changed,
+            _surrogates=tuple(
+                replace(near, step=turn) for near, turn in zip(self._surrogates, self._turns(changed), strict=True)
+            ),
+            _spanning=self._spanning or self.readings,
         )
 
     def safe(self, max_drop: float = 0.02) -> Frontier:
@@ -227,7 +232,7 @@ class NetworkForecast(Forecast):
 
         Cost: K P.
         """
-        first, *later = self.readings
+        first, *later = self._spanning or self.readings
         moved = (place.theta - first.place.theta).double()
         if not len(moved) or not later or float(moved.norm()) == 0:
             return first.features, 0.0
@@ -248,12 +253,16 @@ class NetworkForecast(Forecast):
             )
         return self.training
 
-    def _followed(self, training: SGD | AdamW | GradientDescent, steps: Sequence[int]) -> Path:
+    def _turns(self, training: SGD | AdamW | GradientDescent) -> list[int]:
+        """From which step on each surrogate is used: at the same product of learning rate and steps."""
         was, now = self.training.learning_rate, training.learning_rate  # type: ignore[union-attr]
         scale = was / now if isinstance(was, float | int) and isinstance(now, float | int) else 1.0
-        turns = [round(near.step * scale) for near in self._surrogates]
+        return [round(near.step * scale) for near in self._surrogates]
+
+    def _followed(self, training: SGD | AdamW | GradientDescent, steps: Sequence[int]) -> Path:
+        turns = self._turns(training)
         rising = sorted(set(steps))
-        return follow(self._net, training, self.start, self._surrogates, rising, self.batching, self._window, turns)
+        return follow(self._net, training, self.start, self._surrogates, rising, self.batching, self._windows, turns)
 
     def _new_accuracy(self, step: int, place: Place) -> float:
         near = [near for near in self._surrogates if near.step <= max(step - 1, 0)][-1]

@@ -68,6 +68,8 @@ def samples_of(name: str, given: Any) -> Samples:
     inputs, targets = _parted(given)
     inputs = transformed(_tensors(inputs), lambda t: t)
     targets = None if targets is None else torch.as_tensor(targets)
+    if any(tensor.ndim > 0 and len(tensor) == 0 for tensor in tensors(inputs)):
+        raise complaint(f"{name}: no samples", "at least one sample", "Check what selects them.")
     count = sample_count(inputs)
     if targets is not None and len(targets) != count:
         raise complaint(

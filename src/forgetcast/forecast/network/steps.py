@@ -16,7 +16,7 @@ direction of the run's: m is shrunk, parameter by parameter, as a Wiener filter 
 
     m <- m  m^2 / (m^2 + s v(n'))
 
-Where n = b and every sample is the run's own, the correction vanishes and these are `torch.optim.SGD` and `AdamW`.
+Where every batch is the run's own, there is no correction, and these are `torch.optim.SGD` and `AdamW`.
 """
 
 from dataclasses import dataclass, field
@@ -39,10 +39,12 @@ class Batching:
     Attributes:
         size: b, samples in a batch; the mean, where they differ.
         population: N, samples that the batches are drawn from.
+        exact: whether every slope is that of the run's own batch.
     """
 
     size: float
     population: int
+    exact: bool = False
 
     def noise(self, samples: float) -> float:
         """v(n): variance of the mean of n samples, in units of the spread of one."""
@@ -75,8 +77,9 @@ class ExpectedStep:
 
     def expected_square(self, value: Tensor, slope: Slope, samples: float) -> float:
         """Expected squared norm of a minibatch gradient."""
-        gradient, _, seen = self._moments(value, slope, samples)
-        return float(gradient.square().sum() if seen is None else seen.sum())
+        gradient, spread, excess = self._moments(value, slope, samples)
+        square = float(gradient.square().sum())
+        return square if spread is None else square + excess * float(spread.sum())
 
     def step(self, value: Tensor, slope: Slope, samples: float, lately: float, factor: float = 1.0) -> None:
         """Move `value` by one step of the run.
@@ -89,10 +92,10 @@ class ExpectedStep:
             factor: by which gradients are clipped.
         """
         training = self.training
-        gradient, spread, seen = self._moments(value, slope, samples)
+        gradient, spread, excess = self._moments(value, slope, samples)
         if factor != 1:
             gradient = gradient * factor
-            seen, spread = (None if part is None else part * factor**2 for part in (seen, spread))
+            spread = None if spread is None else spread * factor**2
         rate = rate_at(training.learning_rate, self.count)
         self.count += 1
         if not isinstance(training, AdamW):
@@ -100,32 +103,44 @@ class ExpectedStep:
             return
         value.mul_(1 - rate * training.weight_decay)
         beta1, beta2 = training.betas
+        known1, known2 = 1 - beta1**self.count, 1 - beta2**self.count
+        scale = known2**0.5 / known1  # both bias corrections, taken into the step's length: they cost no pass
         self.first.lerp_(gradient, 1 - beta1)
-        if seen is None or spread is None:
-            seen = gradient.square()
-        else:
-            self.noise.mul_(beta2).add_(spread, alpha=(1 - beta2) * self.batching.noise(self.batching.size))
-        self.second.mul_(beta2).add_(seen, alpha=1 - beta2)
-        unbiased = torch.maximum(self.second, self.noise) / (1 - beta2**self.count)
-        direction = self.first / (1 - beta1**self.count)
-        if spread is not None:
-            uncertain = spread * self.batching.noise(lately)
-            direction *= direction.square() / (direction.square() + uncertain).clamp_min(TINY)
-        stride = direction / unbiased.sqrt_().add_(training.epsilon)
-        value.sub_(stride if spread is None else stride.clamp_(-STRIDE, STRIDE), alpha=rate)
+        self.second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        if spread is None:
+            root = self.second.sqrt().add_(training.epsilon * known2**0.5)
+            value.addcdiv_(self.first, root, value=-rate * scale)
+            return
+        self.second.add_(spread, alpha=(1 - beta2) * excess)
+        self.noise.mul_(beta2).add_(spread, alpha=(1 - beta2) * self.batching.noise(self.batching.size))
+        root = torch.maximum(self.second, self.noise).sqrt_().add_(training.epsilon * known2**0.5)
+        sure = self.first.square()
+        all_of_it = torch.add(sure, spread, alpha=self.batching.noise(lately) * known1**2).clamp_min_(TINY)
+        stride = sure.div_(all_of_it).mul_(self.first).div_(root)
+        value.sub_(stride.clamp_(-STRIDE / scale, STRIDE / scale), alpha=rate * scale)
 
-    def _moments(self, value: Tensor, slope: Slope, samples: float) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Expected gradient; spread of per-sample gradients and expected square, or None twice where n = b."""
+    def gain(self) -> Tensor:
+        """How far a unit of gradient moves each parameter in the end, in units of the rate; 0 before a first step."""
         training = self.training
-        scale = 1.0 if training.reduction == "mean" else self.batching.size
-        mean = slope.mean.view_as(value) * scale
+        if not isinstance(training, AdamW):
+            return torch.full_like(self.start, 1 / (1 - training.momentum))
+        known = (1 - training.betas[1] ** self.count) ** 0.5
+        root = torch.maximum(self.second, self.noise).sqrt_()
+        return torch.where(root > 0, known / (root + training.epsilon * known), 0.0)
+
+    def _moments(self, value: Tensor, slope: Slope, samples: float) -> tuple[Tensor, Tensor | None, float]:
+        """Expected gradient g; spread s of samples, None for the run's own batches; k in E[g_b^2] = g^2 + k s."""
+        training = self.training
+        mean, second = slope.mean.view_as(value), slope.second.view_as(value)
+        if training.reduction != "mean":
+            mean, second = mean * self.batching.size, second * self.batching.size**2
         gradient = mean + training.drift_penalty * (value - self.start) if training.drift_penalty else mean
-        if samples == self.batching.size:
-            return gradient, None, None
-        spread = (slope.second.view_as(value) * scale**2 - mean.square()).clamp_min_(0)
+        if self.batching.exact:
+            return gradient, None, 0.0
+        spread = torch.addcmul(second, mean, mean, value=-1).clamp_min_(0)
         noise = self.batching.noise
         spread *= 1 / max(1 - noise(samples), 1 / 3)  # n samples spread less about their own mean than about g
-        return gradient, spread, gradient.square() + spread * (noise(self.batching.size) - noise(samples))
+        return gradient, spread, noise(self.batching.size) - noise(samples)
 
     def _descend(self, value: Tensor, gradient: Tensor, rate: float) -> None:
         training = self.training

@@ -10,14 +10,15 @@ features' motion: a fresh head whose rows are equal has no tangent in theta, and
 of any loss follow by the chain rule; `blind` says which share of them falls outside the directions kept.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from forgetcast.checks import complaint
 from forgetcast.forecast.network.head import Network
 from forgetcast.forecast.network.samples import Samples
 from forgetcast.forecast.simulate import loss_error
@@ -44,15 +45,23 @@ class Objective:
     targets: Tensor
     outputs: int
 
+    def errors(self, like: Tensor) -> Callable[[Float[Tensor, "n C"]], Float[Tensor, "n C"]]:
+        """`error`, made ready once for many logits of the type and device of `like`."""
+        columns, error = loss_error(self.training, self.targets, self.outputs, like)
+
+        def of(logits: Float[Tensor, "n C"]) -> Float[Tensor, "n C"]:
+            scale = len(logits) if self.training.reduction == "mean" else 1
+            if columns is None:
+                return error(logits.clone(), None).mul_(scale)
+            whole = torch.zeros_like(logits)
+            whole[:, columns] = error(logits[:, columns], None) * scale
+            return whole
+
+        return of
+
     def error(self, logits: Float[Tensor, "n C"]) -> Float[Tensor, "n C"]:
         """Gradient d loss_i / d logits_i of each sample on its own, without the average over a batch."""
-        columns, error = loss_error(self.training, self.targets, self.outputs, logits)
-        scale = len(logits) if self.training.reduction == "mean" else 1
-        if columns is None:
-            return error(logits.clone(), None) * scale
-        whole = torch.zeros_like(logits)
-        whole[:, columns] = error(logits[:, columns], None) * scale
-        return whole
+        return self.errors(logits)(logits)
 
     def pull(self, logits: Float[Tensor, "n C"]) -> Float[Tensor, "n C"]:
         """A direction in the outputs along which each sample's loss falls, of a size that does not vanish with it.
@@ -97,6 +106,7 @@ class Surrogate:
         objective: their loss.
         weights: (n,) of each sample in the mean over all new samples; they sum to 1.
         step: of the anchor.
+        unread: (n,) whether the path had not read the sample before.
     """
 
     features: Float[Tensor, "n d"]
@@ -106,6 +116,7 @@ class Surrogate:
     objective: Objective
     weights: Float[Tensor, " n"]
     step: int
+    unread: Bool[Tensor, " n"]
 
     def __len__(self) -> int:
         return len(self.features)
@@ -119,35 +130,6 @@ class Surrogate:
         """Features at theta. Cost: 2 n P."""
         return self.features + self.directions * (self.gradients @ theta - self.offsets)[:, None]
 
-    def slopes(
-        self,
-        theta: Float[Tensor, " P"],
-        weight: Float[Tensor, "C d"],
-        bias: Float[Tensor, " C"],
-        squares: Float[Tensor, "n P"],
-    ) -> tuple[Slope, Slope, Slope, float]:
-        """Of theta, W and b; and the share of the gradient at the features that lies outside the directions kept.
-
-        Args:
-            theta: of the body.
-            weight: of the head.
-            bias: of the head.
-            squares: g_i^2, which serve all steps on this surrogate.
-
-        Cost: 6 n P.
-        """
-        features = self.moved(theta)
-        error = self.objective.error(features @ weight.T + bias)
-        weighted = error * self.weights[:, None]
-        pull = error @ weight
-        along = (self.directions * pull).sum(1)
-        total = float(pull.square().sum())
-        blind = 1 - float(along.square().sum()) / total if total > TINY else 0.0
-        share = along * self.weights
-        body = Slope(share @ self.gradients, (share * along) @ squares)
-        rows = Slope(weighted.T @ features, (weighted * error).T @ features.square())
-        return body, rows, Slope(weighted.sum(0), (weighted * error).sum(0)), blind
-
     def part(self, chosen: Tensor) -> "Surrogate":
         """Some of its samples, as if no others had been taken."""
         weights = self.weights[chosen]
@@ -159,25 +141,8 @@ class Surrogate:
             offsets=self.offsets[chosen],
             objective=replace(self.objective, targets=self.objective.targets[chosen.to(self.objective.targets.device)]),
             weights=weights / weights.sum(),
+            unread=self.unread[chosen],
         )
-
-
-def joined(parts: Sequence[Surrogate]) -> Surrogate:
-    """Samples of several anchors as one surrogate; each sample keeps its own anchor."""
-    if len(parts) == 1:
-        return parts[0]
-    sizes = [part.effective for part in parts]
-    weights = torch.cat([part.weights * (size / sum(sizes)) for part, size in zip(parts, sizes, strict=True)])
-    targets = torch.cat([part.objective.targets for part in parts])
-    return Surrogate(
-        torch.cat([part.features for part in parts]),
-        torch.cat([part.directions for part in parts]),
-        torch.cat([part.gradients for part in parts]),
-        torch.cat([part.offsets for part in parts]),
-        replace(parts[-1].objective, targets=targets),
-        weights,
-        parts[-1].step,
-    )
 
 
 def surrogate(
@@ -188,6 +153,7 @@ def surrogate(
     weights: Float[Tensor, " n"],
     step: int,
     sight: Sight | None = None,
+    unread: Bool[Tensor, " n"] | None = None,
 ) -> Surrogate:
     """Take the features, directions and gradients of samples at the model's present parameters.
 
@@ -200,16 +166,21 @@ def surrogate(
         step: how many steps the training has made.
         sight: gives another head (W, b) to take the directions from, for the features of the first samples that go
             through the model together; the present head by default.
+        unread: whether the path had not read the sample before; all by default.
+
+    Raises:
+        ValueError: features or logits that are not finite.
 
     Cost: one pass forward, one backward.
     """
     head = net.weight(), net.bias()
+    unread = torch.ones(len(samples), dtype=torch.bool, device=head[0].device) if unread is None else unread
     assert samples.targets is not None
     objective = Objective(training, samples.targets, net.outputs)
     if work is None:
         features = net.features(samples)
         empty = features.new_zeros(len(features), 0)
-        return Surrogate(features, torch.zeros_like(features), empty, empty.sum(1), objective, weights, step)
+        return Surrogate(features, torch.zeros_like(features), empty, empty.sum(1), objective, weights, step, unread)
     like = net.weight()
     features = like.new_zeros(len(samples), net.width)
     directions = torch.zeros_like(features)
@@ -223,13 +194,19 @@ def surrogate(
             if sight is not None and places.start == 0:
                 head = sight(phi.detach(), part)
             pull = directed(phi.detach(), part, *head)
+            if step > 0 and not bool((phi.detach().isfinite() & pull.isfinite()).all()):
+                raise complaint(
+                    f"a predicted training that diverges: features or logits that are not finite after {step} steps",
+                    "one that stays finite",
+                    "Lower the learning rate.",
+                )
             features[places], directions[places] = phi.detach(), pull
             return (phi * pull).sum(1, keepdim=True)
 
         chunk = chunk_size(work.survey.sample_bytes, len(samples))
         rows, _ = replace(work, inputs=samples.inputs, heads=heads, chunk=chunk).explicit(None)
     gradients = rows[:, 0]
-    return Surrogate(features, directions, gradients, gradients @ net.theta(), objective, weights, step)
+    return Surrogate(features, directions, gradients, gradients @ net.theta(), objective, weights, step, unread)
 
 
 def directed(

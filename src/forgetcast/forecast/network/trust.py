@@ -23,6 +23,7 @@ class Trust:
         blind: mean share of the loss's gradient at the features that the surrogate could not see.
         degenerate: the new rows of the head are equal, so that the body has no tangent at the start.
         exact: the forecast is the training itself, or that of a linear head.
+        silent: no sample of the first anchor has a gradient outside the head: an adapter whose factors are all zero.
     """
 
     sampling_error: float | None
@@ -30,6 +31,7 @@ class Trust:
     blind: float
     degenerate: bool
     exact: bool = False
+    silent: bool = False
 
     @property
     def expected_cosine(self) -> float | None:
@@ -59,4 +61,5 @@ class Trust:
         worst = max((name for name, value in parts.items() if value is not None), key=lambda name: parts[name] or 0)
         verdict = "to be trusted" if self.trusted else f"not to be trusted ({worst}: raise the budget"
         remedy = "" if self.trusted else (", or place the head first)" if self.degenerate else ")")
-        return f"expected cosine {self.expected_cosine:.2f}, {verdict}{remedy}"
+        dead = "; nothing outside the head has a gradient at the start: initialise it away from zero"
+        return f"expected cosine {self.expected_cosine:.2f}, {verdict}{remedy}{dead if self.silent else ''}"

@@ -1,0 +1,105 @@
+"""The last few anchors as one set of samples: what they say about the gradient of the loss anywhere on the path."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from forgetcast.forecast.network.surrogate import TINY, Slope, Surrogate
+
+STALENESS = 2.0
+"""How much faster gradients go stale than the features' motion does (measured: docs/forecast_results.md)."""
+MOST_ANCHORS = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """Samples of several anchors, each seen from its own; their gradients are neither moved nor copied.
+
+    Attributes:
+        parts: the anchors.
+        squares: of each, g_i^2, which serve all steps.
+        directions: (n, d) of all samples.
+        weights: (n,) of all samples; they sum to 1, and an anchor counts as much as it has samples.
+        shift: (n, C) by which the run's own steps on the samples have moved their logits (`memory`), or None.
+        error: gradient of each sample's loss at its logits.
+        effective: how many samples of equal weight would give as sharp a mean.
+    """
+
+    parts: tuple[Surrogate, ...]
+    squares: tuple[Float[Tensor, "_ P"], ...]
+    directions: Float[Tensor, "n d"]
+    weights: Float[Tensor, " n"]
+    shift: Float[Tensor, "n C"] | None
+    error: Callable[[Tensor], Tensor]
+    effective: float
+
+    def slopes(
+        self, theta: Float[Tensor, " P"], weight: Float[Tensor, "C d"], bias: Float[Tensor, " C"]
+    ) -> tuple[Slope, Slope, Slope, float]:
+        """Of theta, W and b; and the share of the gradient at the features that lies outside the directions kept.
+
+        Cost: 6 n P.
+        """
+        features = torch.cat([part.moved(theta) for part in self.parts])
+        logits = features @ weight.T + bias
+        error = self.error(logits if self.shift is None else logits + self.shift)
+        weighted = error * self.weights[:, None]
+        pull = error @ weight
+        along = (self.directions * pull).sum(1)
+        total = float(pull.square().sum())
+        blind = 1 - float(along.square().sum()) / total if total > TINY else 0.0
+        share = along * self.weights
+        body = Slope(_mixed(share, [part.gradients for part in self.parts]), _mixed(share * along, self.squares))
+        rows = Slope(weighted.T @ features, (weighted * error).T @ features.square())
+        return body, rows, Slope(weighted.sum(0), (weighted * error).sum(0)), blind
+
+    def then(self, newest: Surrogate, shift: Float[Tensor, "_ C"] | None, most: int) -> "Window":
+        """With one anchor more, and of all of them the last `most`."""
+        parts = (*self.parts, newest)[-most:]
+        if self.shift is not None and shift is not None:
+            shift = torch.cat([self.shift, shift])[-sum(len(part) for part in parts) :]
+        return _window(parts, (*self.squares, newest.gradients.square())[-most:], shift)
+
+
+def window(first: Surrogate, shift: Float[Tensor, "n C"] | None) -> Window:
+    """Of one anchor."""
+    return _window((first,), (first.gradients.square(),), shift)
+
+
+def anchors_in_use(noise: float, staleness: float, samples: float, least: int) -> int:
+    r"""How many anchors together give the sharpest gradient.
+
+    Of k anchors the noise is rho^2 / (n k) of the squared gradient, and what has changed since they were taken is about
+    (k c epsilon)^2; the sum is least at
+
+        k^3 = rho^2 / (2 n c^2 epsilon^2)
+
+    Args:
+        noise: rho^2, spread of the samples' gradients relative to their squared mean.
+        staleness: epsilon, `||predicted - actual|| / ||actual||` of the features' motion from one anchor to the next.
+        samples: n, of an anchor.
+        least: k at least.
+    """
+    k = (noise / (2 * samples * (STALENESS * max(staleness, 1e-6)) ** 2)) ** (1 / 3)
+    return max(least, min(int(k), MOST_ANCHORS))
+
+
+def _window(parts: tuple[Surrogate, ...], squares: tuple[Tensor, ...], shift: Tensor | None) -> Window:
+    sizes = [part.effective for part in parts]
+    weights = torch.cat([part.weights * (size / sum(sizes)) for part, size in zip(parts, sizes, strict=True)])
+    objective = replace(parts[-1].objective, targets=torch.cat([part.objective.targets for part in parts]))
+    directions = torch.cat([part.directions for part in parts])
+    return Window(
+        parts, squares, directions, weights, shift, objective.errors(weights), 1 / float(weights.square().sum())
+    )
+
+
+def _mixed(share: Float[Tensor, " n"], rows: Sequence[Float[Tensor, "_ P"]]) -> Float[Tensor, " P"]:
+    """`sum_i share_i row_i` over matrices below each other."""
+    result = rows[0].new_zeros(rows[0].shape[1])
+    for part, matrix in zip(torch.split(share, [len(matrix) for matrix in rows]), rows, strict=True):
+        result.addmv_(matrix.T, part)
+    return result
