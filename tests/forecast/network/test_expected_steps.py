@@ -38,7 +38,10 @@ def test_is_torchs_optimizer_on_the_runs_own_batches(training):
     start = torch.linspace(-1, 1, 9, dtype=DOUBLE)
     value, own = start.clone(), start.clone().requires_grad_()
     batch = 4
-    state, optimizer = ExpectedStep(training, start.clone(), Batching(float(batch), 50, exact=True)), optimizer_of(training, [own])
+    state, optimizer = (
+        ExpectedStep(training, start.clone(), Batching(float(batch), 50, exact=True)),
+        optimizer_of(training, [own]),
+    )
     for step in range(STEPS):
         slope = _slope(gradients_at(value, step, batch))
         state.step(value, slope, float(batch), float(batch))

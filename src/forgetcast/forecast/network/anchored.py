@@ -89,6 +89,7 @@ class Walker:
         training: what is followed.
         place: the parameters now.
         batching: of the run.
+        generator: gives the steps the noise of a run's batches; none by default.
         remembers: whether what the run has fitted of its samples is taken into account (`memory`).
         blind: for each step, the share of the gradient outside the directions kept.
     """
@@ -97,12 +98,14 @@ class Walker:
     training: SGD | AdamW | GradientDescent
     place: Place
     batching: Batching
+    generator: torch.Generator | None = None
     remembers: bool = True
     blind: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         parts = (self.place.theta, self.place.weight, self.place.bias)
-        self.states = [ExpectedStep(self.training, part.clone(), self.batching) for part in parts]
+        batching = replace(self.batching, noisy=self.generator is not None)
+        self.states = [ExpectedStep(self.training, part.clone(), batching) for part in parts]
         trains = (len(self.place.theta) > 0, "weight" in self.net.of_head, "bias" in self.net.of_head)
         self.moving = trains
         self.near: Window | None = None
@@ -139,7 +142,10 @@ class Walker:
         """One step on the surrogates in use."""
         place, near = self.place, self.near
         assert near is not None
-        body, rows, bias, blind = near.slopes(place.theta, place.weight, place.bias)
+        jitter = None
+        if self.generator is not None:
+            jitter = near.shaken(self.batching.noise(self.batching.size), self.generator)
+        body, rows, bias, blind = near.slopes(place.theta, place.weight, place.bias, jitter)
         lately = self.lately()
         self.blind.append(blind)
         self.body = body if self.moving[0] else None
@@ -277,6 +283,7 @@ def follow(
     batching: Batching,
     windows: Sequence[int],
     turns: Sequence[int] | None = None,
+    generator: torch.Generator | None = None,
 ) -> Path:
     """Follow a training along surrogates that were taken before, without the model.
 
@@ -289,8 +296,9 @@ def follow(
         batching: of the run.
         windows: for each surrogate, how many are in use together from there on, the newest and those before it.
         turns: from which step on each surrogate is used; by default from its own.
+        generator: gives the steps the noise of a run's batches; none by default.
     """
-    walker = Walker(net, training, start.copy(), batching)
+    walker = Walker(net, training, start.copy(), batching, generator)
     turns = [near.step for near in surrogates] if turns is None else turns
     places: dict[int, Place] = {0: start} if 0 in steps else {}
     waiting = deque(zip(turns, surrogates, windows, strict=True))

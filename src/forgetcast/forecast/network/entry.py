@@ -362,10 +362,13 @@ def _sampling_error(
     readings: Sequence[Reading],
     batching: Batching,
 ) -> float | None:
-    """How far the old drift moves when the path is followed with every other sample of each anchor."""
+    """How far the old drift moves with every other sample of each anchor, and the noise of a run's batches."""
     halves = [near.part(torch.arange(0, len(near), 2)) for near in path.surrogates]
     step = readings[-1].step
-    place = follow(net, training, readings[0].place, halves, [step], batching, path.windows).places[step]
+    windows = [2 * count for count in path.windows]  # as many samples in use, so that the optimiser sees as much noise
+    noise = torch.Generator().manual_seed(0)
+    again = follow(net, training, readings[0].place, halves, [step], batching, windows, generator=noise)
+    place = again.places[step]
     few = torch.linspace(0, len(old) - 1, min(len(old), HALF_OLD)).long()
     before = readings[0].logits[few.to(net.device)]
     drift = readings[-1].logits[few.to(net.device)] - before

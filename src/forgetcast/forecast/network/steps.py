@@ -40,11 +40,13 @@ class Batching:
         size: b, samples in a batch; the mean, where they differ.
         population: N, samples that the batches are drawn from.
         exact: whether every slope is that of the run's own batch.
+        noisy: whether slopes carry the noise of the run's batches already.
     """
 
     size: float
     population: int
     exact: bool = False
+    noisy: bool = False
 
     def noise(self, samples: float) -> float:
         """v(n): variance of the mean of n samples, in units of the spread of one."""
@@ -140,7 +142,7 @@ class ExpectedStep:
         spread = torch.addcmul(second, mean, mean, value=-1).clamp_min_(0)
         noise = self.batching.noise
         spread *= 1 / max(1 - noise(samples), 1 / 3)  # n samples spread less about their own mean than about g
-        return gradient, spread, noise(self.batching.size) - noise(samples)
+        return gradient, spread, (0.0 if self.batching.noisy else noise(self.batching.size)) - noise(samples)
 
     def _descend(self, value: Tensor, gradient: Tensor, rate: float) -> None:
         training = self.training

@@ -4,20 +4,21 @@ from dataclasses import dataclass
 from math import sqrt
 
 TRUSTED_COSINE = 0.8
-EXAGGERATION = 3.0
-"""By how much the half path exaggerates: its anchors were not taken along it (docs/forecast_results.md)."""
+EXAGGERATION = 1.4
+"""By how much the shaken path exaggerates: its anchors were not taken along it (docs/forecast_results.md)."""
 
 
 @dataclass(frozen=True)
 class Trust:
     r"""A forecast's own check.
 
-        expected cosine = 1 / sqrt(1 + (sampling_error / 3)^2 + surrogate_error^2)
+        expected cosine = 1 / sqrt(1 + (sampling_error / 1.4)^2 + surrogate_error^2)
 
     Attributes:
-        sampling_error: `||half - whole|| / ||whole||` of the old drift predicted with half of the samples and
-            with all. The half path leaves the anchors, so that this exaggerates the error that comes from reading few
-            samples, about three times in the measurements of docs/forecast_results.md. None if not measured.
+        sampling_error: `||shaken - whole|| / ||whole||` of the old drift predicted with all samples, and with half of
+            them under the noise of a run's minibatches. It tells the error of reading few samples, and that
+            real runs differ in their sample order. The shaken path leaves the anchors, and so exaggerates: up to 2.5
+            times where tangents do not last, not at all where they do (docs/forecast_results.md). None if not measured.
         surrogate_error: `||predicted - actual|| / ||actual||` of the features' motion from one anchor to the next,
             along the surrogate's directions, on samples read again. None for one anchor, or an exact path.
         blind: mean share of the loss's gradient at the features that the surrogate could not see.

@@ -11,7 +11,7 @@ from forgetcast.forecast.network.surrogate import TINY, Slope, Surrogate
 
 STALENESS = 2.0
 """How much faster gradients go stale than the features' motion does (measured: docs/forecast_results.md)."""
-MOST_ANCHORS = 16
+MOST_ANCHORS = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,24 +37,42 @@ class Window:
     effective: float
 
     def slopes(
-        self, theta: Float[Tensor, " P"], weight: Float[Tensor, "C d"], bias: Float[Tensor, " C"]
+        self,
+        theta: Float[Tensor, " P"],
+        weight: Float[Tensor, "C d"],
+        bias: Float[Tensor, " C"],
+        jitter: Float[Tensor, " n"] | None = None,
     ) -> tuple[Slope, Slope, Slope, float]:
         """Of theta, W and b; and the share of the gradient at the features that lies outside the directions kept.
 
+        Args:
+            theta: of the body.
+            weight: of the head.
+            bias: of the head.
+            jitter: factors of the samples' weights, about 1; see `shaken`.
+
         Cost: 6 n P.
         """
+        weights = self.weights if jitter is None else self.weights * jitter
         features = torch.cat([part.moved(theta) for part in self.parts])
         logits = features @ weight.T + bias
         error = self.error(logits if self.shift is None else logits + self.shift)
-        weighted = error * self.weights[:, None]
+        weighted = error * weights[:, None]
         pull = error @ weight
         along = (self.directions * pull).sum(1)
         total = float(pull.square().sum())
         blind = 1 - float(along.square().sum()) / total if total > TINY else 0.0
-        share = along * self.weights
+        share = along * weights
         body = Slope(_mixed(share, [part.gradients for part in self.parts]), _mixed(share * along, self.squares))
         rows = Slope(weighted.T @ features, (weighted * error).T @ features.square())
         return body, rows, Slope(weighted.sum(0), (weighted * error).sum(0)), blind
+
+    def shaken(self, variance: float, generator: torch.Generator) -> Float[Tensor, " n"]:
+        """Random factors of the weights: they give the mean gradient so many times the variance of one sample's."""
+        size = (self.effective * variance) ** 0.5
+        noise = torch.randn(len(self.weights), generator=generator, dtype=torch.float64)
+        factors: Tensor = 1 + size * noise.to(self.weights)
+        return factors
 
     def then(self, newest: Surrogate, shift: Float[Tensor, "_ C"] | None, most: int) -> "Window":
         """With one anchor more, and of all of them the last `most`."""

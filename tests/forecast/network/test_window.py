@@ -1,0 +1,50 @@
+"""How many anchors are in use together, and the noise of a run's batches."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_memory_of_a_run import near_some_point
+
+from forgetcast.forecast.network.window import MOST_ANCHORS, STALENESS, anchors_in_use, window
+
+
+@given(st.floats(0, 1e6), st.floats(0, 2), st.floats(1, 64), st.integers(1, 4))
+def test_the_number_of_anchors_is_the_best_one(noise, staleness, samples, least):
+    """Noise falls and staleness rises with k: no whole number beside the chosen one is better by more than rounding."""
+    chosen = anchors_in_use(noise, staleness, samples, least)
+
+    def error(k: float) -> float:
+        return noise / (samples * k) + (STALENESS * max(staleness, 1e-6) * k) ** 2
+
+    assert least <= chosen <= max(least, MOST_ANCHORS)
+    for other in range(least, MOST_ANCHORS + 1):
+        if abs(other - chosen) > 2:  # the number is rounded down
+            assert error(chosen) <= error(other) + 1e-9
+
+
+def test_a_window_keeps_the_last_anchors_and_their_shifts():
+    anchors = [near_some_point(seed)[0] for seed in range(4)]
+    shifts = [torch.full((len(near), 4), float(k), dtype=torch.float64) for k, near in enumerate(anchors)]
+    now = window(anchors[0], shifts[0])
+    for near, shift in zip(anchors[1:], shifts[1:], strict=True):
+        now = now.then(near, shift, 2)
+    assert now.parts == (anchors[2], anchors[3])
+    assert now.shift is not None
+    assert now.shift[:, 0].tolist() == [2.0] * 6 + [3.0] * 6
+    assert float(now.weights.sum()) == pytest.approx(1)
+
+
+def test_shaken_weights_have_the_noise_of_a_batch():
+    """Of the mean gradient, over many shakes: the mean stays, the covariance is the asked share of one sample's."""
+    near, theta, weight, bias = near_some_point(3)
+    held = window(near, None)
+    still = held.slopes(theta, weight, bias)[0].mean
+    generator = torch.Generator().manual_seed(0)
+    variance = 0.25
+    means = torch.stack(
+        [held.slopes(theta, weight, bias, held.shaken(variance, generator))[0].mean for _ in range(4000)]
+    )
+    assert float((means.mean(0) - still).norm() / still.norm()) < 0.1
+    second = held.slopes(theta, weight, bias)[0].second
+    assert float((means.var(0) / (variance * second) - 1).abs().max()) < 0.2
