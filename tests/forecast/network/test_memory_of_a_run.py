@@ -40,6 +40,7 @@ def near_some_point(
         torch.full((SAMPLES,), 1 / SAMPLES, dtype=DOUBLE),
         0,
         torch.ones(SAMPLES, dtype=torch.bool),
+        torch.arange(SAMPLES),
     )
     return near, theta, drawn(OUTPUTS, WIDTH), drawn(OUTPUTS)
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_memory_of_a_run import near_some_point
 
-from forgetcast.forecast.network.window import MOST_ANCHORS, STALENESS, anchors_in_use, window
+from forgetcast.forecast.network.window import MOST_ANCHORS, STALENESS, anchors_in_use, shaken_weights, window
 
 
 @given(st.floats(0, 1e6), st.floats(0, 2), st.floats(1, 64), st.integers(1, 4))
@@ -39,12 +39,15 @@ def test_shaken_weights_have_the_noise_of_a_batch():
     """Of the mean gradient, over many shakes: the mean stays, the covariance is the asked share of one sample's."""
     near, theta, weight, bias = near_some_point(3)
     held = window(near, None)
-    still = held.slopes(theta, weight, bias)[0].mean
+    still = held.slopes(held.moved(theta), weight, bias)[0].mean
     generator = torch.Generator().manual_seed(0)
     variance = 0.25
-    means = torch.stack(
-        [held.slopes(theta, weight, bias, held.shaken(variance, generator))[0].mean for _ in range(4000)]
-    )
+
+    def mean() -> torch.Tensor:
+        factors = shaken_weights(len(held.weights), held.effective, variance, generator, weight)
+        return held.slopes(held.moved(theta), weight, bias, factors)[0].mean
+
+    means = torch.stack([mean() for _ in range(4000)])
     assert float((means.mean(0) - still).norm() / still.norm()) < 0.1
-    second = held.slopes(theta, weight, bias)[0].second
+    second = held.slopes(held.moved(theta), weight, bias)[0].second
     assert float((means.var(0) / (variance * second) - 1).abs().max()) < 0.2

@@ -21,8 +21,9 @@ from forgetcast.forecast.network.memory import fitted, visits
 from forgetcast.forecast.network.plan import Budget
 from forgetcast.forecast.network.samples import Samples
 from forgetcast.forecast.network.steps import Batching, ExpectedStep
+from forgetcast.forecast.network.stock import Stock
 from forgetcast.forecast.network.surrogate import TINY, Objective, Sight, Slope, Surrogate, directed, surrogate
-from forgetcast.forecast.network.window import Window, anchors_in_use, window
+from forgetcast.forecast.network.window import Window, anchors_in_use, shaken_weights, window
 from forgetcast.forecast.simulate import batches
 from forgetcast.forecast.training import SGD, AdamW, GradientDescent, Training, clip_factor
 from forgetcast.tangent.passes import Work, prepared
@@ -65,6 +66,7 @@ class Path:
         blind: for each step, the share of the gradient outside the surrogate's directions.
         misses: for each anchor but the first, squared error and squared size of the change that the one before it
             predicted along the directions of a few samples.
+        stock: features at the start that the head was trained on.
     """
 
     places: dict[int, Place]
@@ -72,6 +74,7 @@ class Path:
     windows: tuple[int, ...]
     blind: tuple[float, ...]
     misses: tuple[tuple[float, float], ...]
+    stock: Stock | None = None
 
     @property
     def surrogate_error(self) -> float | None:
@@ -90,6 +93,8 @@ class Walker:
         place: the parameters now.
         batching: of the run.
         generator: gives the steps the noise of a run's batches; none by default.
+        stock: features for the head's own training; without it the head sees the anchors' samples alone.
+        every: of the stock, take part only every so many; the run's own batches take all.
         remembers: whether what the run has fitted of its samples is taken into account (`memory`).
         blind: for each step, the share of the gradient outside the directions kept.
     """
@@ -99,6 +104,8 @@ class Walker:
     place: Place
     batching: Batching
     generator: torch.Generator | None = None
+    stock: Stock | None = None
+    every: int = 1
     remembers: bool = True
     blind: list[float] = field(default_factory=list)
 
@@ -108,6 +115,9 @@ class Walker:
         self.states = [ExpectedStep(self.training, part.clone(), batching) for part in parts]
         trains = (len(self.place.theta) > 0, "weight" in self.net.of_head, "bias" in self.net.of_head)
         self.moving = trains
+        self.order: Iterator[Tensor] | None = None
+        if self.stock is not None and self.stock.whole and not isinstance(self.training, GradientDescent):
+            self.order = batches(self.training, self.batching.population)
         self.near: Window | None = None
         self.taken: list[float] = []
         self.left: list[int] = []
@@ -139,28 +149,45 @@ class Walker:
         return min(spread / max(square - spread / self.near.effective, 1e-6 * spread, TINY), 1e6)
 
     def step(self) -> None:
-        """One step on the surrogates in use."""
+        """One step on the surrogates in use; of the head on the features at hand, if there are any."""
         place, near = self.place, self.near
         assert near is not None
-        jitter = None
-        if self.generator is not None:
-            jitter = near.shaken(self.batching.noise(self.batching.size), self.generator)
-        body, rows, bias, blind = near.slopes(place.theta, place.weight, place.bias, jitter)
+        features = near.moved(place.theta)
+        body, *rest, blind = near.slopes(
+            features, place.weight, place.bias, self._shaken(len(near.weights), near.effective)
+        )
         lately = self.lately()
+        samples, known = [near.effective] * 3, [lately] * 3
+        if self.stock is not None:
+            taken = torch.arange(0, len(self.stock.features), self.every) if self.order is None else next(self.order)
+            samples[1:] = known[1:] = [float(len(taken))] * 2
+            factors = self._shaken(len(taken), len(taken)) if self.order is None else None
+            rest = list(self.stock.slopes(near, features, place.weight, place.bias, taken, factors))
+            if self.order is not None:
+                for state in self.states[1:]:
+                    state.batching = replace(self.batching, size=float(len(taken)), exact=True)
         self.blind.append(blind)
         self.body = body if self.moving[0] else None
-        values, slopes = (place.theta, place.weight, place.bias), (body, rows, bias)
+        values = (place.theta, place.weight, place.bias)
         parts = [
             part
-            for part, moves in zip(zip(self.states, values, slopes, strict=True), self.moving, strict=True)
+            for part, moves in zip(
+                zip(self.states, values, (body, *rest), samples, known, strict=True), self.moving, strict=True
+            )
             if moves
         ]
         factor = 1.0
         if not isinstance(self.training, GradientDescent) and self.training.max_gradient_norm is not None:
-            square = sum(state.expected_square(value, slope, near.effective) for state, value, slope in parts)
+            square = sum(state.expected_square(value, slope, count) for state, value, slope, count, _ in parts)
             factor = clip_factor(self.training, max(square, 0.0) ** 0.5)
-        for state, value, slope in parts:
-            state.step(value, slope, near.effective, lately, factor)
+        for state, value, slope, count, of_late in parts:
+            state.step(value, slope, count, of_late, factor)
+
+    def _shaken(self, count: int, effective: float) -> Tensor | None:
+        if self.generator is None:
+            return None
+        noise = self.batching.noise(self.batching.size)
+        return shaken_weights(count, effective, noise, self.generator, self.place.weight)
 
     def lately(self) -> float:
         """Samples that were in use within the steps that the momentum remembers, about (1 + beta) / (1 - beta) / 2."""
@@ -206,6 +233,7 @@ def anchored_path(
     drawn: Draw,
     *,
     population: int | None = None,
+    stock: Stock | None = None,
     keep: bool = True,
     on_step: Callable[[int], None] = lambda _: None,
 ) -> Path:
@@ -218,6 +246,7 @@ def anchored_path(
         plan: where the anchors are, and after which steps the place is wanted.
         drawn: which samples an anchor takes.
         population: new samples of the training, where `new` are some of them.
+        stock: their features at the start, if they have been read: for the head's own training.
         keep: whether the surrogates are kept, for what-ifs.
         on_step: called with the number of each step that is done.
 
@@ -228,7 +257,8 @@ def anchored_path(
     """
     batching = batching_of(training, population or len(new))
     start = Place(net.theta(), net.weight(), net.bias())
-    walker = Walker(net, training, start.copy(), batching, remembers=not plan.exact)
+    stock = None if plan.exact else stock
+    walker = Walker(net, training, start.copy(), batching, stock=stock, remembers=not plan.exact)
     anchors = dict(plan.anchors)
     order = batches(training, len(new)) if plan.exact and not isinstance(training, GradientDescent) else None
     kept: list[Surrogate] = []
@@ -256,7 +286,9 @@ def anchored_path(
                 chosen = new.at(taken).to(device)
                 weights = weights.to(walker.place.weight)
                 ahead = None if plan.exact or step > 0 else _sight(net, training, walker)
-                newest = surrogate(net, work, chosen, training, weights, step, ahead, unread[taken].to(device))
+                newest = surrogate(
+                    net, work, chosen, training, weights, step, ahead, unread[taken].to(device), taken.to(device)
+                )
                 unread[taken] = False
                 windows.append(plan.window if plan.exact else _anchors_in_use(walker, misses, newest, plan.window))
                 walker.take(newest, windows[-1])
@@ -271,7 +303,7 @@ def anchored_path(
                 walker.check()
                 places[step + 1] = walker.place.copy()
             on_step(step + 1)
-    return Path(places, tuple(kept), tuple(windows), tuple(walker.blind), tuple(misses))
+    return Path(places, tuple(kept), tuple(windows), tuple(walker.blind), tuple(misses), stock)
 
 
 def follow(
@@ -284,6 +316,7 @@ def follow(
     windows: Sequence[int],
     turns: Sequence[int] | None = None,
     generator: torch.Generator | None = None,
+    stock: Stock | None = None,
 ) -> Path:
     """Follow a training along surrogates that were taken before, without the model.
 
@@ -296,9 +329,11 @@ def follow(
         batching: of the run.
         windows: for each surrogate, how many are in use together from there on, the newest and those before it.
         turns: from which step on each surrogate is used; by default from its own.
-        generator: gives the steps the noise of a run's batches; none by default.
+        generator: gives the steps the noise of a run's batches, and leaves out half of an incomplete stock.
+        stock: features for the head's own training.
     """
-    walker = Walker(net, training, start.copy(), batching, generator)
+    every = 1 if generator is None else 2
+    walker = Walker(net, training, start.copy(), batching, generator, stock, every)
     turns = [near.step for near in surrogates] if turns is None else turns
     places: dict[int, Place] = {0: start} if 0 in steps else {}
     waiting = deque(zip(turns, surrogates, windows, strict=True))
@@ -329,7 +364,17 @@ def _sight(net: Network, training: SGD | AdamW | GradientDescent, walker: Walker
     def ahead(phi: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
         still = phi.new_zeros(len(phi), 0)
         weights = torch.full((len(phi),), 1.0 / len(phi), dtype=phi.dtype, device=phi.device)
-        near = Surrogate(phi, torch.zeros_like(phi), still, still.sum(1), objective, weights, 0, weights > 0)
+        near = Surrogate(
+            phi,
+            torch.zeros_like(phi),
+            still,
+            still.sum(1),
+            objective,
+            weights,
+            0,
+            weights > 0,
+            torch.arange(len(phi), device=phi.device),
+        )
         first = Place(phi.new_zeros(0), walker.place.weight, walker.place.bias)
         path = follow(net, training, first, [near], [min(SIGHT_STEPS, training.steps)], walker.batching, [1])
         (place,) = path.places.values()

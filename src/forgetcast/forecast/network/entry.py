@@ -20,6 +20,7 @@ from forgetcast.forecast.network.plan import FORWARD, HALF_OLD, Budget, plan_anc
 from forgetcast.forecast.network.result import NetworkForecast, Reading
 from forgetcast.forecast.network.samples import Samples, samples_of
 from forgetcast.forecast.network.steps import Batching
+from forgetcast.forecast.network.stock import stock
 from forgetcast.forecast.network.surrogate import Objective
 from forgetcast.forecast.network.trust import Trust
 from forgetcast.forecast.path import check_seen, describe
@@ -115,7 +116,9 @@ def forecast(
         training = _seeing(training, outputs)
     old_samples, new_samples = _checked(net, old_samples, new_samples, training)
     with net.restored():
-        scores = _place(net, old_samples, new_samples, training) if head == "placed" else None
+        phi = scores = None
+        if head == "placed":
+            phi, scores = _place(net, old_samples, new_samples, training)
         before = _read_old(net, old_samples, 0, Place(net.theta(), net.weight(), net.bias()))
         require_finite("old logits", before.logits)
         estimator = _choose(estimator, net, training)
@@ -137,7 +140,7 @@ def forecast(
         if estimator == "pilot":
             path, plan = _pilot(net, new_samples, training, plan, budget, len(old_samples), on_step)
         else:
-            path = _anchored(net, new_samples, training, plan, scores, samples_new, seed, on_step)
+            path = _anchored(net, new_samples, training, plan, phi, scores, samples_new, seed, on_step)
         readings = (before, *(_read_at(net, old_samples, step, place) for step, place in sorted(path.places.items())))
         sampling = None
         if path.surrogates and not plan.exact and max(len(near) for near in path.surrogates) > 1:
@@ -160,6 +163,7 @@ def forecast(
         _net=net,
         _surrogates=path.surrogates,
         _windows=path.windows,
+        _stock=path.stock,
     )
 
 
@@ -251,7 +255,7 @@ def _choose(estimator: Estimator, net: Network, training: Training) -> Estimator
     return estimator
 
 
-def _place(net: Network, old: Samples, new: Samples, training: Training) -> Tensor | None:
+def _place(net: Network, old: Samples, new: Samples, training: Training) -> tuple[Tensor, Tensor]:
     """Place the new rows; the sizes of the new samples' errors afterwards."""
     if net.head is None or "weight" not in net.of_head:
         raise complaint(
@@ -268,7 +272,7 @@ def _place(net: Network, old: Samples, new: Samples, training: Training) -> Tens
     if len(rows) > 1:
         own = torch.isin(targets, torch.tensor(rows))
         place_rows(net.head, phi[own.to(phi.device)], targets[own].to(phi.device), rows)
-    return _errors(net, phi, targets, training)
+    return phi, _errors(net, phi, targets, training)
 
 
 def _errors(net: Network, phi: Tensor, targets: Tensor, training: Training) -> Tensor:
@@ -299,6 +303,7 @@ def _anchored(
     new: Samples,
     training: SGD | AdamW | GradientDescent,
     plan: Budget,
+    phi: Tensor | None,
     scores: Tensor | None,
     samples_new: int | None,
     seed: int,
@@ -308,14 +313,19 @@ def _anchored(
     if samples_new is not None and samples_new < len(new) and not plan.exact:
         kept = draw(new.targets, len(new), None, seed).anchor(0, samples_new)[0]
         pool, scores = new.at(kept), None if scores is None else scores[kept.to(scores.device)]
+        phi = None if phi is None else phi[kept.to(phi.device)]
     if plan.looked:
         seen = torch.sort(draw(pool.targets, len(pool), None, seed).anchor(0, plan.looked)[0]).values
         pool = pool.at(seen)
         assert pool.targets is not None
-        scores = _errors(net, net.features(pool.to(net.device)), pool.targets, training)
+        phi = net.features(pool.to(net.device))
+        scores = _errors(net, phi, pool.targets, training)
     drawn = draw(pool.targets, len(pool), scores, seed)
     keep = not plan.exact
-    return anchored_path(net, pool, training, plan, drawn, population=len(new), keep=keep, on_step=on_step)
+    held = None
+    if phi is not None and pool.targets is not None and net.of_head and net.body:
+        held = stock(phi, Objective(training, pool.targets, net.outputs), len(pool) == len(new))
+    return anchored_path(net, pool, training, plan, drawn, population=len(new), stock=held, keep=keep, on_step=on_step)
 
 
 def _pilot(
@@ -367,7 +377,9 @@ def _sampling_error(
     step = readings[-1].step
     windows = [2 * count for count in path.windows]  # as many samples in use, so that the optimiser sees as much noise
     noise = torch.Generator().manual_seed(0)
-    again = follow(net, training, readings[0].place, halves, [step], batching, windows, generator=noise)
+    again = follow(
+        net, training, readings[0].place, halves, [step], batching, windows, generator=noise, stock=path.stock
+    )
     place = again.places[step]
     few = torch.linspace(0, len(old) - 1, min(len(old), HALF_OLD)).long()
     before = readings[0].logits[few.to(net.device)]

@@ -14,6 +14,7 @@ from forgetcast.checks import complaint, require_integer, require_number
 from forgetcast.forecast.network.anchored import Path, Place, follow
 from forgetcast.forecast.network.head import Network
 from forgetcast.forecast.network.steps import Batching
+from forgetcast.forecast.network.stock import Stock
 from forgetcast.forecast.network.surrogate import Surrogate
 from forgetcast.forecast.network.trust import Trust
 from forgetcast.forecast.path import describe
@@ -87,6 +88,7 @@ class NetworkForecast(Forecast):
     _net: Network
     _surrogates: tuple[Surrogate, ...]
     _windows: tuple[int, ...] = ()
+    _stock: Stock | None = None
     _spanning: tuple[Reading, ...] = ()
 
     @property
@@ -262,7 +264,17 @@ class NetworkForecast(Forecast):
     def _followed(self, training: SGD | AdamW | GradientDescent, steps: Sequence[int]) -> Path:
         turns = self._turns(training)
         rising = sorted(set(steps))
-        return follow(self._net, training, self.start, self._surrogates, rising, self.batching, self._windows, turns)
+        return follow(
+            self._net,
+            training,
+            self.start,
+            self._surrogates,
+            rising,
+            self.batching,
+            self._windows,
+            turns,
+            stock=self._stock,
+        )
 
     def _new_accuracy(self, step: int, place: Place) -> float:
         near = [near for near in self._surrogates if near.step <= max(step - 1, 0)][-1]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from forgetcast.checks import complaint
@@ -44,6 +44,10 @@ class Objective:
     training: Training
     targets: Tensor
     outputs: int
+
+    def at(self, chosen: Tensor) -> "Objective":
+        """Of some of the samples."""
+        return replace(self, targets=self.targets[chosen.to(self.targets.device)])
 
     def errors(self, like: Tensor) -> Callable[[Float[Tensor, "n C"]], Float[Tensor, "n C"]]:
         """`error`, made ready once for many logits of the type and device of `like`."""
@@ -107,6 +111,7 @@ class Surrogate:
         weights: (n,) of each sample in the mean over all new samples; they sum to 1.
         step: of the anchor.
         unread: (n,) whether the path had not read the sample before.
+        places: (n,) of the samples among those that anchors draw from.
     """
 
     features: Float[Tensor, "n d"]
@@ -117,6 +122,7 @@ class Surrogate:
     weights: Float[Tensor, " n"]
     step: int
     unread: Bool[Tensor, " n"]
+    places: Int[Tensor, " n"]
 
     def __len__(self) -> int:
         return len(self.features)
@@ -142,6 +148,7 @@ class Surrogate:
             objective=replace(self.objective, targets=self.objective.targets[chosen.to(self.objective.targets.device)]),
             weights=weights / weights.sum(),
             unread=self.unread[chosen],
+            places=self.places[chosen],
         )
 
 
@@ -154,6 +161,7 @@ def surrogate(
     step: int,
     sight: Sight | None = None,
     unread: Bool[Tensor, " n"] | None = None,
+    places: Int[Tensor, " n"] | None = None,
 ) -> Surrogate:
     """Take the features, directions and gradients of samples at the model's present parameters.
 
@@ -167,6 +175,7 @@ def surrogate(
         sight: gives another head (W, b) to take the directions from, for the features of the first samples that go
             through the model together; the present head by default.
         unread: whether the path had not read the sample before; all by default.
+        places: of the samples among those that anchors draw from; their own order by default.
 
     Raises:
         ValueError: features or logits that are not finite.
@@ -177,10 +186,13 @@ def surrogate(
     unread = torch.ones(len(samples), dtype=torch.bool, device=head[0].device) if unread is None else unread
     assert samples.targets is not None
     objective = Objective(training, samples.targets, net.outputs)
+    taken = torch.arange(len(samples), device=head[0].device) if places is None else places
     if work is None:
         features = net.features(samples)
         empty = features.new_zeros(len(features), 0)
-        return Surrogate(features, torch.zeros_like(features), empty, empty.sum(1), objective, weights, step, unread)
+        return Surrogate(
+            features, torch.zeros_like(features), empty, empty.sum(1), objective, weights, step, unread, taken
+        )
     like = net.weight()
     features = like.new_zeros(len(samples), net.width)
     directions = torch.zeros_like(features)
@@ -206,7 +218,7 @@ def surrogate(
         chunk = chunk_size(work.survey.sample_bytes, len(samples))
         rows, _ = replace(work, inputs=samples.inputs, heads=heads, chunk=chunk).explicit(None)
     gradients = rows[:, 0]
-    return Surrogate(features, directions, gradients, gradients @ net.theta(), objective, weights, step, unread)
+    return Surrogate(features, directions, gradients, gradients @ net.theta(), objective, weights, step, unread, taken)
 
 
 def directed(

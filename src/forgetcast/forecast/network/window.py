@@ -38,7 +38,7 @@ class Window:
 
     def slopes(
         self,
-        theta: Float[Tensor, " P"],
+        features: Float[Tensor, "n d"],
         weight: Float[Tensor, "C d"],
         bias: Float[Tensor, " C"],
         jitter: Float[Tensor, " n"] | None = None,
@@ -46,15 +46,14 @@ class Window:
         """Of theta, W and b; and the share of the gradient at the features that lies outside the directions kept.
 
         Args:
-            theta: of the body.
+            features: of all samples now, as `moved` gives them.
             weight: of the head.
             bias: of the head.
-            jitter: factors of the samples' weights, about 1; see `shaken`.
+            jitter: factors of the samples' weights, about 1; see `shaken_weights`.
 
         Cost: 6 n P.
         """
         weights = self.weights if jitter is None else self.weights * jitter
-        features = torch.cat([part.moved(theta) for part in self.parts])
         logits = features @ weight.T + bias
         error = self.error(logits if self.shift is None else logits + self.shift)
         weighted = error * weights[:, None]
@@ -67,12 +66,14 @@ class Window:
         rows = Slope(weighted.T @ features, (weighted * error).T @ features.square())
         return body, rows, Slope(weighted.sum(0), (weighted * error).sum(0)), blind
 
-    def shaken(self, variance: float, generator: torch.Generator) -> Float[Tensor, " n"]:
-        """Random factors of the weights: they give the mean gradient so many times the variance of one sample's."""
-        size = (self.effective * variance) ** 0.5
-        noise = torch.randn(len(self.weights), generator=generator, dtype=torch.float64)
-        factors: Tensor = 1 + size * noise.to(self.weights)
-        return factors
+    def moved(self, theta: Float[Tensor, " P"]) -> Float[Tensor, "n d"]:
+        """Features of all samples at theta. Cost: 2 n P."""
+        return torch.cat([part.moved(theta) for part in self.parts])
+
+    @property
+    def places(self) -> Tensor:
+        """(n,) of the samples among those that anchors draw from."""
+        return torch.cat([part.places for part in self.parts])
 
     def then(self, newest: Surrogate, shift: Float[Tensor, "_ C"] | None, most: int) -> "Window":
         """With one anchor more, and of all of them the last `most`."""
@@ -85,6 +86,15 @@ class Window:
 def window(first: Surrogate, shift: Float[Tensor, "n C"] | None) -> Window:
     """Of one anchor."""
     return _window((first,), (first.gradients.square(),), shift)
+
+
+def shaken_weights(
+    count: int, effective: float, variance: float, generator: torch.Generator, like: Tensor
+) -> Float[Tensor, " n"]:
+    """Random factors of the weights: they give the mean gradient so many times the variance of one sample's."""
+    noise = torch.randn(count, generator=generator, dtype=torch.float64)
+    factors: Tensor = 1 + (effective * variance) ** 0.5 * noise.to(like)
+    return factors
 
 
 def anchors_in_use(noise: float, staleness: float, samples: float, least: int) -> int:

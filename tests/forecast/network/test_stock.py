@@ -1,0 +1,101 @@
+"""The head's own training on features at hand: exact where the body stands still, and the run's own order."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_memory_of_a_run import near_some_point
+from torch import Tensor, nn
+
+import forgetcast as fc
+from builders import DOUBLE, relative_error
+from forgetcast.forecast.network.stock import stock
+from forgetcast.forecast.network.surrogate import Objective
+from forgetcast.forecast.network.window import window
+
+OLD, NEW = (0, 1), (2, 3, 4)
+
+
+class Still(nn.Module):
+    """A body whose parameters train and change nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.dead = nn.Linear(12, 10).requires_grad_(False), nn.Parameter(torch.ones(10))
+        self.head = nn.Linear(10, 5)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.body(inputs)) + 0 * self.dead)
+
+
+def task(seed: int, count: int = 120) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(5, 12, generator=generator, dtype=DOUBLE)
+
+    def of(labels: Tensor) -> tuple[Tensor, Tensor]:
+        return centres[labels] + torch.randn(len(labels), 12, generator=generator, dtype=DOUBLE), labels
+
+    return of(torch.arange(40) % 2), of(2 + torch.arange(count) % 3)
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        fc.AdamW(learning_rate=0.01, steps=30, batch_size=16, classes=NEW, seed=5),
+        fc.AdamW(learning_rate=0.01, steps=30, batch_size=16, classes=NEW, max_gradient_norm=0.1, weight_decay=0.1),
+        fc.SGD(learning_rate=0.1, steps=30, batch_size=16, momentum=0.9, reduction="sum", seed=2),
+        fc.GradientDescent(learning_rate=0.5, steps=30, loss="cross_entropy"),
+    ],
+    ids=["AdamW", "AdamW, clipped", "SGD, summed", "full batches"],
+)
+def test_where_the_body_stands_still_the_forecast_is_the_run(training):
+    torch.manual_seed(0)
+    model = Still().double()
+    old, new = task(0)
+    seen = fc.forecast(model, old, new, training, estimator="anchored", budget=0.4, head="placed")
+    model.head.load_state_dict({"weight": seen.start.weight, "bias": seen.start.bias})
+    run = fc.forecast(model, old, new, training, estimator="anchored", budget=1.0)
+    assert relative_error(seen.logits, run.logits) < 1e-10
+    assert float(run.drift.norm()) > 0.01
+
+
+@given(st.integers(0, 1000), st.integers(1, 4))
+def test_classes_move_as_their_samples_at_anchors_do(seed, classes):
+    near, theta, _, _ = near_some_point(seed)
+    held = window(near, None)
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(9, near.features.shape[1], generator=generator, dtype=DOUBLE)
+    labels = torch.arange(9) % (classes + 1)
+    own = stock(features, Objective(near.objective.training, labels, 5), whole=True)
+    moved = held.moved(theta)
+    found = own.shifts(held, moved)
+    motion = moved - features[near.places]
+    for label in range(classes + 1):
+        mine = labels[near.places] == label
+        expected = motion[mine].mean(0) if bool(mine.any()) else motion.mean(0)
+        assert torch.allclose(found[label], expected)
+
+
+def test_the_order_of_the_run_is_known():
+    torch.manual_seed(0)
+    model = Still().double()
+    old, new = task(0)
+
+    def drift(seed: int, budget: float) -> Tensor:
+        training = fc.AdamW(learning_rate=0.01, steps=30, batch_size=16, classes=NEW, seed=seed)
+        return fc.forecast(model, old, new, training, estimator="anchored", budget=budget, head="placed").drift
+
+    assert relative_error(drift(0, 0.4), drift(0, 1.0)) < 1e-10
+    assert relative_error(drift(0, 0.4), drift(1, 1.0)) > 1e-3
+
+
+def test_part_of_the_samples_is_shaken_with_them():
+    """Where only some losses could be read, leaving out half of these is part of the check."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 30), nn.Tanh(), nn.Linear(30, 5)).double()
+    old, new = task(0, 600)
+    training = fc.AdamW(learning_rate=2e-3, steps=60, batch_size=16, classes=(*OLD, *NEW))
+    few, many = (fc.forecast(model, old, new, training, budget=budget).trust for budget in (0.15, 0.8))
+    assert few.sampling_error is not None
+    assert many.sampling_error is not None
+    assert few.sampling_error > many.sampling_error > 0
