@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 
 import numpy as np
 import pytest
@@ -62,25 +61,16 @@ def test_record_says_what_its_numbers_are(demo):
     assert set(record["metrics"]) <= set(record["definitions"])
 
 
-def test_page_shows_the_numbers_of_the_record_in_a_browser(demo):
-    browser_path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if browser_path is None:
-        pytest.skip("no Chromium on this machine: install Debian's chromium to look at the page")
-    from playwright.sync_api import sync_playwright
-
+def test_page_shows_the_numbers_of_the_record_in_a_browser(demo, browser):
     record, complaints = read_record(demo[0]), []
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=browser_path, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        )
-        page = browser.new_page()
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.goto((demo[0] / "report.html").as_uri())
-        page.wait_for_selector("body.drawn", timeout=30_000)
-        shown = page.eval_on_selector_all("[data-key]", "all => all.map(e => [e.dataset.key, e.dataset.value])")
-        charts = page.eval_on_selector_all("figure svg", "all => all.map(e => e.clientWidth * e.clientHeight)")
-        browser.close()
+    page = browser.new_page()
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto((demo[0] / "report.html").as_uri())
+    page.wait_for_selector("body.drawn", timeout=30_000)
+    shown = page.eval_on_selector_all("[data-key]", "all => all.map(e => [e.dataset.key, e.dataset.value])")
+    charts = page.eval_on_selector_all("figure svg", "all => all.map(e => e.clientWidth * e.clientHeight)")
+    page.close()
     assert complaints == []
     assert len(charts) == 10
     assert min(charts) > 10_000

@@ -1,11 +1,8 @@
-from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
 
 import numpy as np
 import pytest
-from pages import BROWSER
-from playwright.sync_api import Browser, sync_playwright
 
 PER_TASK = 2
 SAMPLES = 36
@@ -113,12 +110,3 @@ def run_record() -> dict[str, Any]:
 def record(run_record) -> dict[str, Any]:
     """A copy that a test may change."""
     return deepcopy(run_record)
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
-    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=BROWSER, args=arguments)
-        yield launched
-        launched.close()

@@ -112,9 +112,9 @@ def test_a_run_of_some_epochs_is_forecast_better_for_it(monkeypatch):
     better, smaller = 0, 0
     for seed in range(6):
         torch.manual_seed(seed)
-        model = torch.nn.Sequential(torch.nn.Linear(200, 200), torch.nn.Tanh(), torch.nn.Linear(200, 6))
-        old, new = torch.randn(60, 200), (torch.randn(600, 200), torch.randint(3, 6, (600,)))
-        training = fc.AdamW(learning_rate=1e-3, steps=120, batch_size=16, classes=(3, 4, 5), seed=seed)
+        model = torch.nn.Sequential(torch.nn.Linear(100, 200), torch.nn.Tanh(), torch.nn.Linear(200, 6))
+        old, new = torch.randn(60, 100), (torch.randn(400, 100), torch.randint(3, 6, (400,)))
+        training = fc.AdamW(learning_rate=3e-3, steps=80, batch_size=16, classes=(3, 4, 5), seed=seed)
         run = fc.forecast(model, old, new, training, budget=1.0).drift
         knows = fc.forecast(model, old, new, training, budget=0.15, seed=seed).drift
         with monkeypatch.context() as patch:
