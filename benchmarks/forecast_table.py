@@ -226,6 +226,27 @@ def average(rows: list[dict[str, Any]], who: str, what: str) -> float:
     return mean(row[who][what] for row in rows)
 
 
+ASKED = {"fresh": (0.8, 3.0), "placed": (0.9, 2.0)}
+"""Of a forecast: share of the ceiling in cosine and rank, and points of accuracy that it may be wrong by."""
+
+
+def verdict(head: str, ratio: list[float], errors: dict[str, float], ahead: list[float]) -> str:
+    """One line: what was asked for and was not reached."""
+    share, points = ASKED[head]
+    missed = [
+        *(f"{name} at {r:.2f} of the ceiling" for name, r in zip(("cosine", "rank"), ratio, strict=True) if r < share),
+        *(f"{name} below the pilot's by {-a:.3f}" for name, a in zip(("cosine", "rank"), ahead, strict=True) if a < 0),
+        *([f"accuracy wrong by {errors['forecast']:.1f} points"] if errors["forecast"] > points else []),
+        *(
+            f"accuracy of '{who}' nearer by {errors['forecast'] - errors[who]:.1f} points"
+            for who in ("pilot", "no change")
+            if errors[who] < errors["forecast"] - 0.05
+        ),
+    ]
+    asked = f"{share:g} of the ceiling, accuracy within {points:g} points, better than pilot and no change"
+    return f"- {head}: asked for {asked}. " + (f"Missed: {'; '.join(missed)}." if missed else "All reached.")
+
+
 def page() -> str:
     lines = [
         "# Forecasts beside measurements",
@@ -251,6 +272,7 @@ def page() -> str:
             "accuracy error: forecast | pilot | no change | cost: passes | seconds | expected cosine | trusted |",
             "|---" * 13 + "|",
         ]
+        verdicts = []
         for head in HEADS:
             rows = [row for row in stored["rows"] if row["head"] == head]
             if not rows:
@@ -264,6 +286,8 @@ def page() -> str:
                 who: 100 * mean(abs(row[who]["accuracy"] - row["forecast"]["measured_accuracy"]) for row in rows)
                 for who in ("forecast", "pilot", "no change")
             }
+            ahead = [pairs["forecast"][i] - pairs["pilot"][i] for i in (0, 1)]
+            verdicts.append(verdict(head, ratio, errors, ahead))
             trusts = [
                 Trust(row["forecast"]["sampling_error"], row["forecast"]["surrogate_error"], 0.0, False) for row in rows
             ]
@@ -276,6 +300,7 @@ def page() -> str:
                 + f" | {average(rows, 'forecast', 'share'):.0%} | {average(rows, 'forecast', 'seconds_share'):.0%} | "
                 f"{expected:.2f} | {mean(trust.trusted for trust in trusts):.0%} |"
             )
+        lines += ["", *verdicts]
         lines += [
             "",
             "| head | transition | old accuracy before | measured | forecast | new task, among new |",
