@@ -10,8 +10,10 @@ from torch import Tensor
 from forgetcast.forecast.network.surrogate import TINY, Slope, Surrogate
 
 STALENESS = 2.0
-"""How much faster gradients go stale than the features' motion does (measured: docs/forecast_results.md)."""
+"""How much faster gradients go stale than the features' motion does; set on two real transitions, see
+docs/forecast_results.md."""
 MOST_ANCHORS = 8
+"""Beyond that no forecast got better, and what-ifs get slower with each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +53,7 @@ class Window:
             bias: of the head.
             jitter: factors of the samples' weights, about 1; see `shaken_weights`.
 
-        Cost: 6 n P.
+        Cost: 4 n P.
         """
         weights = self.weights if jitter is None else self.weights * jitter
         logits = features @ weight.T + bias
