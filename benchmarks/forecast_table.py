@@ -261,9 +261,9 @@ def page() -> str:
         f"{BUDGET:.0%} of the run. Budgets include the reading of old samples. *Rank*: Spearman correlation of the",
         "rise in loss, class by class. Accuracy error: mean |predicted - measured|, points. *Seconds*: processor time,",
         "relative to the run. *Passes* leave out what the training needs as well: with a placed head one forward pass",
-        "over its samples to fit the rows (16% of a run of 3 epochs), whose features the forecast then uses and the pilot",
-        "does not; with it a placed forecast costs 31% of the passes. *Seconds* include it. Three constants (how fast",
-        "tangents go stale, how many anchors are in use at most, by how much the shaken path exaggerates) were set on the",
+        "over its samples to fit the rows (16% of a run of 3 epochs); the forecast uses these features, the pilot",
+        "does not. With it a placed forecast costs 31% of the passes. *Seconds* include it. Three constants (how fast",
+        "tangents go stale, how many anchors are in use at most, what the shaken path exaggerates) were set on the",
         "first transition of seed 0 of the two LoRA settings, which is in the tables.",
         "",
     ]

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 import forgetcast as fc
 from builders import DOUBLE
-from forgetcast.forecast.network import anchored
+from forgetcast.forecast.network import walker
 from forgetcast.forecast.network.memory import fitted, visits
 from forgetcast.forecast.network.steps import Batching
 from forgetcast.forecast.network.surrogate import Objective, Surrogate
@@ -118,7 +118,7 @@ def test_a_run_of_some_epochs_is_forecast_better_for_it(monkeypatch):
         run = fc.forecast(model, old, new, training, budget=1.0).drift
         knows = fc.forecast(model, old, new, training, budget=0.15, seed=seed).drift
         with monkeypatch.context() as patch:
-            patch.setattr(anchored, "visits", lambda *_: (0, 0.0))
+            patch.setattr(walker, "visits", lambda *_: (0, 0.0))
             forgets = fc.forecast(model, old, new, training, budget=0.15, seed=seed).drift
         better += float((knows - run).norm()) < float((forgets - run).norm())
         smaller += float(knows.norm()) < float(forgets.norm())

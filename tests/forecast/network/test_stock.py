@@ -6,10 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_memory_of_a_run import near_some_point
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 import forgetcast as fc
 from builders import DOUBLE, relative_error
-from forgetcast.forecast.network.stock import stock
+from forgetcast.forecast.network.stock import Stock, stock
 from forgetcast.forecast.network.surrogate import Objective
 from forgetcast.forecast.network.window import window
 
@@ -59,14 +60,14 @@ def test_where_the_body_stands_still_the_forecast_is_the_run(training):
     assert float(run.drift.norm()) > 0.01
 
 
-@given(st.integers(0, 1000), st.integers(1, 4))
+@given(st.integers(0, 1000), st.integers(1, 8))
 def test_classes_move_as_their_samples_at_anchors_do(seed, classes):
     near, theta, _, _ = near_some_point(seed)
     held = window(near, None)
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(9, near.features.shape[1], generator=generator, dtype=DOUBLE)
     labels = torch.arange(9) % (classes + 1)
-    own = stock(features, Objective(near.objective.training, labels, 5), whole=True)
+    own = stock(features, Objective(near.objective.training, labels, 9), whole=True)
     moved = held.moved(theta)
     found = own.shifts(held, moved)
     motion = moved - features[near.places]
@@ -74,6 +75,16 @@ def test_classes_move_as_their_samples_at_anchors_do(seed, classes):
         mine = labels[near.places] == label
         expected = motion[mine].mean(0) if bool(mine.any()) else motion.mean(0)
         assert torch.allclose(found[label], expected)
+    weight, bias = (torch.randn(*shape, generator=generator, dtype=DOUBLE).requires_grad_() for shape in ((9, 5), (9,)))
+    logits = (features + found[labels]) @ weight.T + bias
+    parts = [
+        torch.autograd.grad(cross_entropy(z, y), (weight, bias), retain_graph=True) for z, y in zip(logits, labels, strict=False)
+    ]
+    slopes = own.slopes(held, moved, weight.detach(), bias.detach(), torch.arange(9))
+    for slope, gradients in zip(slopes, zip(*parts, strict=True), strict=True):
+        rows = torch.stack(gradients)
+        assert torch.allclose(slope.mean, rows.mean(0))
+        assert torch.allclose(slope.second, rows.square().mean(0))
 
 
 def test_the_order_of_the_run_is_known():
@@ -89,13 +100,21 @@ def test_the_order_of_the_run_is_known():
     assert relative_error(drift(0, 0.4), drift(1, 1.0)) > 1e-3
 
 
-def test_part_of_the_samples_is_shaken_with_them():
+def test_part_of_the_samples_is_shaken_with_them(monkeypatch):
     """Where only some losses could be read, leaving out half of these is part of the check."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 30), nn.Tanh(), nn.Linear(30, 5)).double()
     old, new = task(0, 600)
     training = fc.AdamW(learning_rate=2e-3, steps=60, batch_size=16, classes=(*OLD, *NEW))
-    few, many = (fc.forecast(model, old, new, training, budget=budget).trust for budget in (0.15, 0.8))
-    assert few.sampling_error is not None
-    assert many.sampling_error is not None
-    assert few.sampling_error > many.sampling_error > 0
+    sizes, slopes = [], Stock.slopes
+
+    def counted(self: Stock, *given: object) -> object:
+        sizes.append(len(given[4]))
+        return slopes(self, *given)
+
+    monkeypatch.setattr(Stock, "slopes", counted)
+    fc.forecast(model, old, new, training, budget=0.15)
+    assert len(sizes) == 2 * 60
+    assert len(set(sizes[:60])) == 1
+    assert sizes[0] < 600
+    assert set(sizes[60:]) == {-(-sizes[0] // 2)}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from forgetcast.checks import complaint, require_choice, require_finite, require_integer, require_number
 from forgetcast.forecast.linear import forecast_linear
-from forgetcast.forecast.network.anchored import Path, Place, anchored_path, batching_of, follow
+from forgetcast.forecast.network.anchored import anchored_path
 from forgetcast.forecast.network.draw import draw
 from forgetcast.forecast.network.head import Network, network, probed
 from forgetcast.forecast.network.pilot import trained_path
@@ -23,6 +23,7 @@ from forgetcast.forecast.network.steps import Batching
 from forgetcast.forecast.network.stock import stock
 from forgetcast.forecast.network.surrogate import Objective
 from forgetcast.forecast.network.trust import Trust
+from forgetcast.forecast.network.walker import Path, Place, batching_of, follow
 from forgetcast.forecast.path import check_seen, describe
 from forgetcast.forecast.result import Cost
 from forgetcast.forecast.static import static_drift

@@ -9,10 +9,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from forgetcast.checks import complaint
-from forgetcast.forecast.network.anchored import Place
 from forgetcast.forecast.network.head import Network
 from forgetcast.forecast.network.result import NetworkForecast
 from forgetcast.forecast.network.samples import Samples, samples_of
+from forgetcast.forecast.network.walker import Place
 from forgetcast.tangent.kernel import grouped_trace_kernels
 
 Groups = Callable[[str], str]

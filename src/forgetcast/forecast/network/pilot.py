@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from forgetcast.checks import complaint
-from forgetcast.forecast.network.anchored import Path, Place
 from forgetcast.forecast.network.head import Network
 from forgetcast.forecast.network.samples import Samples
 from forgetcast.forecast.network.surrogate import Objective
+from forgetcast.forecast.network.walker import Path, Place
 from forgetcast.forecast.simulate import batches
 from forgetcast.forecast.training import SGD, AdamW, GradientDescent, clip_gradients, rate_at, sgd
 from forgetcast.tangent.capture import evaluating, requiring

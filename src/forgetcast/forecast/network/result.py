@@ -11,12 +11,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from forgetcast.checks import complaint, require_integer, require_number
-from forgetcast.forecast.network.anchored import Path, Place, follow
 from forgetcast.forecast.network.head import Network
 from forgetcast.forecast.network.steps import Batching
 from forgetcast.forecast.network.stock import Stock
 from forgetcast.forecast.network.surrogate import Surrogate
 from forgetcast.forecast.network.trust import Trust
+from forgetcast.forecast.network.walker import Path, Place, follow
 from forgetcast.forecast.path import describe
 from forgetcast.forecast.result import Cost, Forecast, right, share_right
 from forgetcast.forecast.training import SGD, AdamW, GradientDescent, Training

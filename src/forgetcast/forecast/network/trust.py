@@ -5,7 +5,7 @@ from math import sqrt
 
 TRUSTED_COSINE = 0.8
 EXAGGERATION = 1.4
-"""By how much the shaken path exaggerates, its anchors not being its own: a compromise between 1 (ViT) and 2.5 (MiniLM)."""
+"""By how much the shaken path, off its anchors, exaggerates: a compromise between 1 (ViT) and 2.5 (MiniLM)."""
 
 
 @dataclass(frozen=True)

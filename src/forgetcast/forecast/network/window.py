@@ -10,10 +10,9 @@ from torch import Tensor
 from forgetcast.forecast.network.surrogate import TINY, Slope, Surrogate
 
 STALENESS = 2.0
-"""How much faster gradients go stale than the features' motion does; set on two real transitions, see
-docs/forecast_results.md."""
+"""How much faster gradients go stale than the features' motion; set on two transitions (docs/forecast_results.md)."""
 MOST_ANCHORS = 8
-"""Beyond that no forecast got better, and what-ifs get slower with each."""
+"""With 16 the cosine was 0.77 instead of 0.74 on one transition of a ViT, at twice the time of a what-if."""
 
 
 @dataclass(frozen=True, eq=False)
