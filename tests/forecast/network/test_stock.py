@@ -77,9 +77,8 @@ def test_classes_move_as_their_samples_at_anchors_do(seed, classes):
         assert torch.allclose(found[label], expected)
     weight, bias = (torch.randn(*shape, generator=generator, dtype=DOUBLE).requires_grad_() for shape in ((9, 5), (9,)))
     logits = (features + found[labels]) @ weight.T + bias
-    parts = [
-        torch.autograd.grad(cross_entropy(z, y), (weight, bias), retain_graph=True) for z, y in zip(logits, labels, strict=False)
-    ]
+    losses = cross_entropy(logits, labels, reduction="none")
+    parts = [torch.autograd.grad(loss, (weight, bias), retain_graph=True) for loss in losses]
     slopes = own.slopes(held, moved, weight.detach(), bias.detach(), torch.arange(9))
     for slope, gradients in zip(slopes, zip(*parts, strict=True), strict=True):
         rows = torch.stack(gradients)
