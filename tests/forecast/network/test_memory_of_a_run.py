@@ -60,7 +60,7 @@ def test_short_steps_move_the_logits_as_descent_on_the_sample_alone_does(seed, o
     gains = gains_of_plain_descent()
     errors = []
     for length in (1e-4, 1e-5):
-        shift = fitted(near, theta, weight, bias, gains, often, length)
+        shift = fitted(near, near.gradients.square(), theta, weight, bias, gains, often, length)
         expected = torch.zeros_like(shift)
         for i in range(SAMPLES):
             own = [part.clone().requires_grad_() for part in (theta, weight, bias)]
@@ -83,7 +83,7 @@ def test_short_steps_move_the_logits_as_descent_on_the_sample_alone_does(seed, o
 def test_no_length_takes_a_sample_past_its_own_minimum(seed, length, often):
     near, theta, weight, bias = near_some_point(seed)
     before = near.moved(theta) @ weight.T + bias
-    after = before + fitted(near, theta, weight, bias, gains_of_plain_descent(), often, length)
+    after = before + fitted(near, near.gradients.square(), theta, weight, bias, gains_of_plain_descent(), often, length)
     losses = [cross_entropy(logits, near.objective.targets, reduction="none") for logits in (before, after)]
     assert bool((losses[1] < losses[0]).all())
     assert bool(torch.isfinite(after).all())
@@ -92,7 +92,8 @@ def test_no_length_takes_a_sample_past_its_own_minimum(seed, length, often):
 def test_samples_that_the_path_has_read_are_left_alone():
     near, theta, weight, bias = near_some_point(0)
     read = torch.arange(SAMPLES) < 3
-    shift = fitted(replace(near, unread=~read), theta, weight, bias, gains_of_plain_descent(), 2, 0.1)
+    near = replace(near, unread=~read)
+    shift = fitted(near, near.gradients.square(), theta, weight, bias, gains_of_plain_descent(), 2, 0.1)
     assert bool((shift[read] == 0).all())
     assert bool((shift[~read].norm(dim=1) > 0).all())
 
@@ -109,18 +110,18 @@ def test_a_sample_is_read_once_an_epoch(step, often):
 
 def test_a_run_of_some_epochs_is_forecast_better_for_it(monkeypatch):
     """Labels of noise can only be fitted by heart; a forecast that forgets this takes them for hard and moves on."""
-    better, smaller = 0, 0
+    errors, sizes = torch.zeros(2), torch.zeros(2)
     for seed in range(6):
         torch.manual_seed(seed)
         model = torch.nn.Sequential(torch.nn.Linear(100, 200), torch.nn.Tanh(), torch.nn.Linear(200, 6))
         old, new = torch.randn(60, 100), (torch.randn(400, 100), torch.randint(3, 6, (400,)))
         training = fc.AdamW(learning_rate=3e-3, steps=80, batch_size=16, classes=(3, 4, 5), seed=seed)
         run = fc.forecast(model, old, new, training, budget=1.0).drift
-        knows = fc.forecast(model, old, new, training, budget=0.15, seed=seed).drift
+        knows = fc.forecast(model, old, new, training, budget=0.6, seed=seed).drift
         with monkeypatch.context() as patch:
             patch.setattr(walker, "visits", lambda *_: (0, 0.0))
-            forgets = fc.forecast(model, old, new, training, budget=0.15, seed=seed).drift
-        better += float((knows - run).norm()) < float((forgets - run).norm())
-        smaller += float(knows.norm()) < float(forgets.norm())
-    assert better >= 5
-    assert smaller >= 5
+            forgets = fc.forecast(model, old, new, training, budget=0.6, seed=seed).drift
+        errors += torch.stack([(knows - run).norm(), (forgets - run).norm()])
+        sizes += torch.stack([knows.norm(), forgets.norm()])
+    assert float(errors[0]) < 0.97 * float(errors[1])
+    assert float(sizes[0]) < 0.98 * float(sizes[1])

@@ -79,7 +79,7 @@ def test_classes_move_as_their_samples_at_anchors_do(seed, classes):
     logits = (features + found[labels]) @ weight.T + bias
     losses = cross_entropy(logits, labels, reduction="none")
     parts = [torch.autograd.grad(loss, (weight, bias), retain_graph=True) for loss in losses]
-    slopes = own.slopes(held, moved, weight.detach(), bias.detach(), torch.arange(9))
+    slopes = own.slopes(held, moved, weight.detach(), bias.detach(), own.turn(torch.arange(9)))
     for slope, gradients in zip(slopes, zip(*parts, strict=True), strict=True):
         rows = torch.stack(gradients)
         assert torch.allclose(slope.mean, rows.mean(0))

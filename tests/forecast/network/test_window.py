@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_memory_of_a_run import near_some_point
 
-from forgetcast.forecast.network.window import MOST_ANCHORS, STALENESS, anchors_in_use, shaken_weights, window
+from forgetcast.forecast.network.window import MOST_ANCHORS, STALENESS, anchors_in_use, profile, shaken_weights, window
 
 
 @given(st.floats(0, 1e6), st.floats(0, 2), st.floats(1, 64), st.integers(1, 4))
@@ -39,15 +39,30 @@ def test_shaken_weights_have_the_noise_of_a_batch():
     """Of the mean gradient, over many shakes: the mean stays, the covariance is the asked share of one sample's."""
     near, theta, weight, bias = near_some_point(3)
     held = window(near, None)
-    still = held.slopes(held.moved(theta), weight, bias)[0].mean
+    found = profile(near.weights, held.pulls(held.moved(theta), weight, bias)[2], near.gradients.square())
+    still = held.body(held.moved(theta), weight, bias, found)[0].mean
     generator = torch.Generator().manual_seed(0)
     variance = 0.25
 
     def mean() -> torch.Tensor:
         factors = shaken_weights(len(held.weights), held.effective, variance, generator, weight)
-        return held.slopes(held.moved(theta), weight, bias, factors)[0].mean
+        return held.body(held.moved(theta), weight, bias, found, factors)[0].mean
 
     means = torch.stack([mean() for _ in range(4000)])
     assert float((means.mean(0) - still).norm() / still.norm()) < 0.1
-    second = held.slopes(held.moved(theta), weight, bias)[0].second
+    second = held.body(held.moved(theta), weight, bias, found)[0].second
     assert float((means.var(0) / (variance * second) - 1).abs().max()) < 0.2
+
+
+@given(st.integers(0, 10_000))
+def test_profiles_and_energies_give_the_mean_square_of_gradients(seed):
+    """Of one anchor exactly; it is spread over all samples alike where none of them pulls."""
+    near, theta, weight, bias = near_some_point(seed)
+    held = window(near, None)
+    along = held.pulls(held.moved(theta), weight, bias)[2]
+    found = profile(near.weights, along, near.gradients.square())
+    second = held.body(held.moved(theta), weight, bias, found)[0].second
+    expected = (near.weights[:, None] * (along[:, None] * near.gradients).square()).sum(0)
+    assert torch.allclose(second, expected)
+    nothing = profile(near.weights, torch.zeros_like(along), near.gradients.square())
+    assert torch.allclose(nothing, near.weights @ near.gradients.square())

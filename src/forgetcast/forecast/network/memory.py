@@ -19,7 +19,7 @@ from forgetcast.forecast.network.surrogate import Surrogate
 from forgetcast.forecast.training import SGD, AdamW, GradientDescent, rate_at
 
 SUBSTEPS = 4
-MOST_SUBSTEPS = 16
+MOST_SUBSTEPS = 8
 
 
 def visits(training: SGD | AdamW | GradientDescent, batching: Batching, step: int) -> tuple[int, float]:
@@ -32,6 +32,7 @@ def visits(training: SGD | AdamW | GradientDescent, batching: Batching, step: in
 
 def fitted(
     near: Surrogate,
+    squares: Float[Tensor, "n P"],
     theta: Float[Tensor, " P"],
     weight: Float[Tensor, "C d"],
     bias: Float[Tensor, " C"],
@@ -43,6 +44,7 @@ def fitted(
 
     Args:
         near: samples at their anchor.
+        squares: g_i^2.
         theta: of the body.
         weight: of the head.
         bias: of the head.
@@ -58,7 +60,7 @@ def fitted(
     if not often:
         return shift
     seen = near.directions @ weight.T
-    body = near.gradients.square() @ gains[0]
+    body = squares @ gains[0]
     head = features.square() @ gains[1].T + gains[2]
     substeps = min(SUBSTEPS * often, MOST_SUBSTEPS)
     part = length / substeps

@@ -1,6 +1,9 @@
 """The head's own training: on the features of many samples at the start, moved as the anchors' samples move."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from math import ceil
 
 import torch
 from jaxtyping import Float, Int
@@ -8,6 +11,25 @@ from torch import Tensor
 
 from forgetcast.forecast.network.surrogate import Objective, Slope
 from forgetcast.forecast.network.window import Window
+
+TURN = 128
+"""Samples a step of a stock that is not whole, at most, in turns: momentum averages them, and what-ifs do not wait."""
+
+
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """Samples that take part in a step.
+
+    Attributes:
+        taken: (b,) of them.
+        error: gradient of each one's loss at its logits.
+    """
+
+    taken: Int[Tensor, " b"]
+    error: Callable[[Tensor], Tensor]
+
+    def __len__(self) -> int:
+        return len(self.taken)
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,13 +53,18 @@ class Stock:
     groups: Int[Tensor, " m"]
     whole: bool
 
+    @cached_property
+    def classes(self) -> int:
+        """G."""
+        return int(self.groups.max()) + 1
+
     def slopes(
         self,
         near: Window,
         moved: Float[Tensor, "n d"],
         weight: Float[Tensor, "C d"],
         bias: Float[Tensor, " C"],
-        taken: Int[Tensor, " b"],
+        turn: Turn,
         factors: Float[Tensor, " b"] | None = None,
     ) -> tuple[Slope, Slope]:
         """Of W and b over some of the samples.
@@ -47,13 +74,13 @@ class Stock:
             moved: features of their samples now.
             weight: of the head.
             bias: of the head.
-            taken: a batch, or all.
+            turn: the samples that take part.
             factors: of the samples' weights, about 1.
 
         Cost: 3 b d C.
         """
-        features = self.features[taken] + self.shifts(near, moved)[self.groups[taken]]
-        error = self.objective.at(taken).error(features @ weight.T + bias)
+        features = self.features[turn.taken] + self.shifts(near, moved)[self.groups[turn.taken]]
+        error = turn.error(features @ weight.T + bias)
         weighted = (error if factors is None else error * factors[:, None]) / len(error)
         second = weighted * error
         return (
@@ -61,13 +88,22 @@ class Stock:
             Slope(weighted.sum(0), second.sum(0)),
         )
 
+    def turn(self, taken: Int[Tensor, " b"]) -> Turn:
+        """Some of the samples, made ready."""
+        return Turn(taken, self.objective.at(taken).errors(self.features))
+
+    def turns(self, share: int = 1) -> tuple[Turn, ...]:
+        """Which samples take part at each step, over and over: every so many of all, at most about TURN at once."""
+        kept = torch.arange(0, len(self.features), share, device=self.features.device)
+        number = ceil(len(kept) / TURN)
+        return tuple(self.turn(kept[k::number]) for k in range(number))
+
     def shifts(self, near: Window, moved: Float[Tensor, "n d"]) -> Float[Tensor, "G d"]:
         """Mean motion of the features of each class; of all samples, where an anchor holds none of it."""
         motion = (moved - self.features[near.places]) * near.weights[:, None]
         groups = self.groups[near.places]
-        count = int(self.groups.max()) + 1
-        sums = motion.new_zeros(count, motion.shape[1]).index_add_(0, groups, motion)
-        shares = near.weights.new_zeros(count).index_add_(0, groups, near.weights)
+        sums = motion.new_zeros(self.classes, motion.shape[1]).index_add_(0, groups, motion)
+        shares = near.weights.new_zeros(self.classes).index_add_(0, groups, near.weights)
         return torch.where(shares[:, None] > 0, sums / shares.clamp_min(1e-12)[:, None], motion.sum(0))
 
 

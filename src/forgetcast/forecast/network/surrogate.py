@@ -53,7 +53,7 @@ class Objective:
         """`error`, made ready once for many logits of the type and device of `like`."""
         columns, error = loss_error(self.training, self.targets, self.outputs, like)
 
-        def of(logits: Float[Tensor, "n C"]) -> Float[Tensor, "n C"]:
+        def of(logits: Tensor) -> Tensor:  # plain: a jaxtyping annotation costs more here than the softmax
             scale = len(logits) if self.training.reduction == "mean" else 1
             if columns is None:
                 return error(logits.clone(), None).mul_(scale)

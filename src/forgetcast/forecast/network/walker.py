@@ -14,7 +14,7 @@ from forgetcast.forecast.network.memory import fitted, visits
 from forgetcast.forecast.network.steps import Batching, ExpectedStep
 from forgetcast.forecast.network.stock import Stock
 from forgetcast.forecast.network.surrogate import TINY, Slope, Surrogate
-from forgetcast.forecast.network.window import Window, shaken_weights, window
+from forgetcast.forecast.network.window import Window, profile, shaken_weights, window
 from forgetcast.forecast.simulate import batches
 from forgetcast.forecast.training import SGD, AdamW, GradientDescent, clip_factor
 
@@ -77,7 +77,7 @@ class Walker:
         batching: of the run.
         generator: gives the steps the noise of a run's batches; none by default.
         stock: features for the head's own training; without it the head sees the anchors' samples alone.
-        every: of the stock, take part only every so many; the run's own batches take all.
+        share: of the stock that takes part, every so many; the run's own batches take all.
         remembers: whether what the run has fitted of its samples is taken into account (`memory`).
         blind: for each step, the share of the gradient outside the directions kept.
     """
@@ -88,7 +88,7 @@ class Walker:
     batching: Batching
     generator: torch.Generator | None = None
     stock: Stock | None = None
-    every: int = 1
+    share: int = 1
     remembers: bool = True
     blind: list[float] = field(default_factory=list)
 
@@ -101,34 +101,51 @@ class Walker:
         self.order: Iterator[Tensor] | None = None
         if self.stock is not None and self.stock.whole and not isinstance(self.training, GradientDescent):
             self.order = batches(self.training, self.batching.population)
+        self.turns = () if self.stock is None or self.order is not None else self.stock.turns(self.share)
         self.near: Window | None = None
         self.taken: list[float] = []
         self.left: list[int] = []
         self.body: Slope | None = None
+        self.profile: Tensor | None = None
 
     def take(self, newest: Surrogate, most: int) -> None:
         """From here on use this surrogate too, and of all so far the last `most`."""
+        exact = self.states[0].batching.exact
+        squares = newest.gradients[:0] if exact else newest.gradients.square()
+        shift = self.fitted(newest, squares) if self.remembers else None
+        if not exact:
+            self._learn(newest, squares, shift)
         self.taken.append(newest.effective)
-        shift = self.fitted(newest) if self.remembers else None
         self.near = window(newest, shift) if self.near is None else self.near.then(newest, shift, most)
         self.left += [len(self.blind)] * (len(self.taken) - len(self.near.parts) - len(self.left))
 
-    def fitted(self, newest: Surrogate) -> Tensor:
+    def _learn(self, newest: Surrogate, squares: Tensor, shift: Tensor | None) -> None:
+        """The mean profile of all anchors so far; for each as many votes as samples."""
+        place = self.place
+        along = window(newest, shift).pulls(newest.moved(place.theta), place.weight, place.bias)[2]
+        found = profile(newest.weights, along, squares)
+        share = newest.effective / (sum(self.taken) + newest.effective)
+        self.profile = found if self.profile is None else self.profile.lerp_(found, share)
+
+    def fitted(self, newest: Surrogate, squares: Tensor) -> Tensor:
         """By how much the run's own steps on these samples have moved their logits."""
-        place, step = self.place, len(self.blind)
+        place = self.place
+        often, length = visits(self.training, self.batching, len(self.blind))
+        if not often:
+            return newest.features.new_zeros(len(newest), len(place.bias))
         theta, weight, bias = (
             state.gain() if moves else torch.zeros_like(state.start)
             for state, moves in zip(self.states, self.moving, strict=True)
         )
-        often, length = visits(self.training, self.batching, step)
-        return fitted(newest, place.theta, place.weight, place.bias, (theta, weight, bias), often, length)
+        gains = theta, weight, bias
+        return fitted(newest, squares, place.theta, place.weight, place.bias, gains, often, length)
 
     def noise(self) -> float:
         """Spread of the samples' gradients relative to their squared mean, both without bias; at most 1e6."""
         if self.near is None or self.body is None:
             return 0.0
         square = float(self.body.mean.square().sum())
-        spread = (float(self.body.second.sum()) - square) / max(1 - 1 / self.near.effective, 1 / 3)
+        spread = max(float(self.body.second.sum()) - square, 0.0) / max(1 - 1 / self.near.effective, 1 / 3)
         return min(spread / max(square - spread / self.near.effective, 1e-6 * spread, TINY), 1e6)
 
     def step(self) -> None:
@@ -136,26 +153,21 @@ class Walker:
         place, near = self.place, self.near
         assert near is not None
         features = near.moved(place.theta)
-        body, *rest, blind = near.slopes(
-            features, place.weight, place.bias, self._shaken(len(near.weights), near.effective)
-        )
-        lately = self.lately()
-        samples, known = [near.effective] * 3, [lately] * 3
-        if self.stock is not None:
-            taken = torch.arange(0, len(self.stock.features), self.every) if self.order is None else next(self.order)
-            samples[1:] = known[1:] = [float(len(taken))] * 2
-            factors = self._shaken(len(taken), len(taken)) if self.order is None else None
-            rest = list(self.stock.slopes(near, features, place.weight, place.bias, taken, factors))
-            if self.order is not None:
-                for state in self.states[1:]:
-                    state.batching = replace(self.batching, size=float(len(taken)), exact=True)
+        jitter = self._shaken(len(near.weights), near.effective)
+        body, blind = near.body(features, place.weight, place.bias, self.profile, jitter)
+        samples, recent = [near.effective] * 3, [self.lately()] * 3
+        if self.stock is None:
+            head = near.head(features, place.weight, place.bias, jitter)
+        else:
+            head, count, remembered = self._head(self.stock, near, features)
+            samples[1:], recent[1:] = [count] * 2, [remembered] * 2
         self.blind.append(blind)
         self.body = body if self.moving[0] else None
         values = (place.theta, place.weight, place.bias)
         parts = [
             part
             for part, moves in zip(
-                zip(self.states, values, (body, *rest), samples, known, strict=True), self.moving, strict=True
+                zip(self.states, values, (body, *head), samples, recent, strict=True), self.moving, strict=True
             )
             if moves
         ]
@@ -166,16 +178,33 @@ class Walker:
         for state, value, slope, count, of_late in parts:
             state.step(value, slope, count, of_late, factor)
 
+    def _head(self, held: Stock, near: Window, features: Tensor) -> tuple[tuple[Slope, Slope], float, float]:
+        """Slopes of the head over a turn of the stock; samples behind them; and those that the momentum remembers."""
+        place = self.place
+        if self.order is not None:
+            turn = held.turn(next(self.order))
+            for state in self.states[1:]:
+                state.batching = replace(self.batching, size=float(len(turn)), exact=True)
+            return held.slopes(near, features, place.weight, place.bias, turn), len(turn), len(turn)
+        turn = self.turns[len(self.blind) % len(self.turns)]
+        factors = self._shaken(len(turn), len(turn))
+        remembered = min(self.remembered() * len(turn), sum(map(len, self.turns)))
+        return held.slopes(near, features, place.weight, place.bias, turn, factors), len(turn), remembered
+
     def _shaken(self, count: int, effective: float) -> Tensor | None:
         if self.generator is None:
             return None
         noise = self.batching.noise(self.batching.size)
         return shaken_weights(count, effective, noise, self.generator, self.place.weight)
 
-    def lately(self) -> float:
-        """Samples that were in use within the steps that the momentum remembers, about (1 + beta) / (1 - beta) / 2."""
+    def remembered(self) -> float:
+        """Steps that the momentum remembers, about (1 + beta) / (1 - beta) / 2; at least one."""
         beta = self.training.betas[0] if isinstance(self.training, AdamW) else 0.0
-        since = len(self.blind) - (1 + beta) / (1 - beta) / 2
+        return max((1 + beta) / (1 - beta) / 2, 1.0)
+
+    def lately(self) -> float:
+        """Samples that were in use within the steps that the momentum remembers."""
+        since = len(self.blind) - self.remembered()
         forgotten = sum(step <= since for step in self.left)
         return sum(self.taken[forgotten:])
 
@@ -211,8 +240,8 @@ def follow(
         generator: gives the steps the noise of a run's batches, and leaves out half of an incomplete stock.
         stock: features for the head's own training.
     """
-    every = 1 if generator is None else 2
-    walker = Walker(net, training, start.copy(), batching, generator, stock, every)
+    share = 1 if generator is None else 2
+    walker = Walker(net, training, start.copy(), batching, generator, stock, share)
     turns = [near.step for near in surrogates] if turns is None else turns
     places: dict[int, Place] = {0: start} if 0 in steps else {}
     waiting = deque(zip(turns, surrogates, windows, strict=True))

@@ -21,7 +21,6 @@ class Window:
 
     Attributes:
         parts: the anchors.
-        squares: of each, g_i^2, which serve all steps.
         directions: (n, d) of all samples.
         weights: (n,) of all samples; they sum to 1, and an anchor counts as much as it has samples.
         shift: (n, C) by which the run's own steps on the samples have moved their logits (`memory`), or None.
@@ -30,42 +29,62 @@ class Window:
     """
 
     parts: tuple[Surrogate, ...]
-    squares: tuple[Float[Tensor, "_ P"], ...]
     directions: Float[Tensor, "n d"]
     weights: Float[Tensor, " n"]
     shift: Float[Tensor, "n C"] | None
     error: Callable[[Tensor], Tensor]
     effective: float
 
-    def slopes(
+    def body(
         self,
         features: Float[Tensor, "n d"],
         weight: Float[Tensor, "C d"],
         bias: Float[Tensor, " C"],
+        profile: Float[Tensor, " P"] | None,
         jitter: Float[Tensor, " n"] | None = None,
-    ) -> tuple[Slope, Slope, Slope, float]:
-        """Of theta, W and b; and the share of the gradient at the features that lies outside the directions kept.
+    ) -> tuple[Slope, float]:
+        """Slope of theta; and the share of the gradient at the features that lies outside the directions kept.
 
         Args:
             features: of all samples now, as `moved` gives them.
             weight: of the head.
             bias: of the head.
+            profile: how the mean square of the gradients in theta is spread over theta (`profile`); None where the
+                gradient is the run's own and its spread does not matter.
             jitter: factors of the samples' weights, about 1; see `shaken_weights`.
 
-        Cost: 4 n P.
+        Cost: 2 n P.
         """
         weights = self.weights if jitter is None else self.weights * jitter
-        logits = features @ weight.T + bias
-        error = self.error(logits if self.shift is None else logits + self.shift)
-        weighted = error * weights[:, None]
-        pull = error @ weight
-        along = (self.directions * pull).sum(1)
+        _, pull, along = self.pulls(features, weight, bias)
         total = float(pull.square().sum())
         blind = 1 - float(along.square().sum()) / total if total > TINY else 0.0
-        share = along * weights
-        body = Slope(_mixed(share, [part.gradients for part in self.parts]), _mixed(share * along, self.squares))
+        mean = _mixed(along * weights, [part.gradients for part in self.parts])
+        energy = (self.weights * along.square()).sum()
+        return Slope(mean, mean.square() if profile is None else profile * energy), blind
+
+    def head(
+        self,
+        features: Float[Tensor, "n d"],
+        weight: Float[Tensor, "C d"],
+        bias: Float[Tensor, " C"],
+        jitter: Float[Tensor, " n"] | None = None,
+    ) -> tuple[Slope, Slope]:
+        """Slopes of W and b, over the anchors' samples alone; arguments as of `body`."""
+        weights = self.weights if jitter is None else self.weights * jitter
+        error = self.pulls(features, weight, bias)[0]
+        weighted = error * weights[:, None]
         rows = Slope(weighted.T @ features, (weighted * error).T @ features.square())
-        return body, rows, Slope(weighted.sum(0), (weighted * error).sum(0)), blind
+        return rows, Slope(weighted.sum(0), (weighted * error).sum(0))
+
+    def pulls(
+        self, features: Float[Tensor, "n d"], weight: Float[Tensor, "C d"], bias: Float[Tensor, " C"]
+    ) -> tuple[Float[Tensor, "n C"], Float[Tensor, "n d"], Float[Tensor, " n"]]:
+        """Gradients of each sample's loss at its logits and at its features; and along its direction."""
+        logits = features @ weight.T + bias
+        error = self.error(logits if self.shift is None else logits + self.shift)
+        pull = error @ weight
+        return error, pull, (self.directions * pull).sum(1)
 
     def moved(self, theta: Float[Tensor, " P"]) -> Float[Tensor, "n d"]:
         """Features of all samples at theta. Cost: 2 n P."""
@@ -81,12 +100,34 @@ class Window:
         parts = (*self.parts, newest)[-most:]
         if self.shift is not None and shift is not None:
             shift = torch.cat([self.shift, shift])[-sum(len(part) for part in parts) :]
-        return _window(parts, (*self.squares, newest.gradients.square())[-most:], shift)
+        return _window(parts, shift)
 
 
 def window(first: Surrogate, shift: Float[Tensor, "n C"] | None) -> Window:
     """Of one anchor."""
-    return _window((first,), (first.gradients.square(),), shift)
+    return _window((first,), shift)
+
+
+def profile(
+    weights: Float[Tensor, " n"], along: Float[Tensor, " n"], squares: Float[Tensor, "n P"]
+) -> Float[Tensor, " P"]:
+    r"""How the mean square of the gradients of an anchor's samples is spread over theta.
+
+        sum_i w_i a_i^2 g_i^2 / sum_i w_i a_i^2
+
+    It changes less along a path than the errors a_i do: many anchors know it better than the few in use.
+
+    Args:
+        weights: w_i of the samples.
+        along: a_i, gradient of each sample's loss along its direction.
+        squares: g_i^2.
+
+    Cost: 2 n P.
+    """
+    energies = weights * along.square()
+    total = float(energies.sum())
+    found: Tensor = squares.T @ (energies / total if total > TINY else weights)
+    return found
 
 
 def shaken_weights(
@@ -116,14 +157,13 @@ def anchors_in_use(noise: float, staleness: float, samples: float, least: int) -
     return max(least, min(int(k), MOST_ANCHORS))
 
 
-def _window(parts: tuple[Surrogate, ...], squares: tuple[Tensor, ...], shift: Tensor | None) -> Window:
+def _window(parts: tuple[Surrogate, ...], shift: Tensor | None) -> Window:
     sizes = [part.effective for part in parts]
     weights = torch.cat([part.weights * (size / sum(sizes)) for part, size in zip(parts, sizes, strict=True)])
     objective = replace(parts[-1].objective, targets=torch.cat([part.objective.targets for part in parts]))
     directions = torch.cat([part.directions for part in parts])
-    return Window(
-        parts, squares, directions, weights, shift, objective.errors(weights), 1 / float(weights.square().sum())
-    )
+    effective = 1 / float(weights.square().sum())
+    return Window(parts, directions, weights, shift, objective.errors(weights), effective)
 
 
 def _mixed(share: Float[Tensor, " n"], rows: Sequence[Float[Tensor, "_ P"]]) -> Float[Tensor, " P"]:
