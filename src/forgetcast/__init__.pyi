@@ -24,11 +24,18 @@ from .forecast.training import AdamW as AdamW
 from .forecast.training import GradientDescent as GradientDescent
 from .forecast.training import GradientFlow as GradientFlow
 from .forecast.training import Ridge as Ridge
+from .protect.projection import Projection as Projection
+from .protect.projection import protect as protect
 from .protect.spectral import SpectralAnchor as SpectralAnchor
 from .protect.spectral import SpectralProbe as SpectralProbe
 from .protect.spectral import combined_penalty as combined_penalty
 from .tangent.features import Features as Features
 from .tangent.linear_head import LinearHead as LinearHead
 from .tangent.moments import Moments as Moments
+from .tuners.adapter import Adapter as Adapter
+from .tuners.anatomy import Anatomy as Anatomy
+from .tuners.anatomy import Block as Block
+from .tuners.lora import LoRA as LoRA
+from .tuners.lora import lora_sites as lora_sites
 
 __version__: str

@@ -1,0 +1,157 @@
+"""Where the parts of a transformer are: its blocks, their projections, their feed-forward networks."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from torch import Tensor, nn
+
+from forgetcast.checks import complaint, require_integer
+
+QUERIES = ("q_proj", "query", "q_lin", "q")
+KEYS = ("k_proj", "key", "k_lin", "k")
+VALUES = ("v_proj", "value", "v_lin", "v")
+ATTENTION = ("attention", "attn", "self_attn", "self_attention")
+FUSED = ("qkv", "query_key_value", "c_attn", "qkv_proj", "Wqkv")
+
+
+@dataclass(frozen=True)
+class Block:
+    """Names of the parts of one transformer block, as `model.get_submodule` takes them.
+
+    Attributes:
+        name: of the block.
+        query: the projection to queries; None where the three are one matrix, or are not to be tuned.
+        key: to keys.
+        value: to values.
+        fused: one projection to all three.
+        enter: the first module of the feed-forward network: it gets the input of the network.
+        leave: its last module: it returns the output.
+    """
+
+    name: str
+    enter: str
+    leave: str
+    query: str | None = None
+    key: str | None = None
+    value: str | None = None
+    fused: str | None = None
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The blocks of a transformer, in order. Write one for a model whose names `anatomy` does not know.
+
+    Examples:
+        >>> Anatomy((Block("layers.0", enter="layers.0.up", leave="layers.0.down"),)).layers([0])[0].leave
+        'layers.0.down'
+    """
+
+    blocks: tuple[Block, ...]
+
+    def layers(self, chosen: Sequence[int] | None) -> tuple[Block, ...]:
+        """Some of the blocks; all with None. Negative numbers count from the end.
+
+        Raises:
+            ValueError: a layer that is not there, or named twice.
+        """
+        if chosen is None:
+            return self.blocks
+        count = len(self.blocks)
+        for layer in chosen:
+            require_integer("a layer", layer, least=-count)
+        places = [layer + count if layer < 0 else layer for layer in chosen]
+        if not places or max(places) >= count or len(set(places)) < len(places):
+            raise complaint(
+                f"got layers={list(chosen)} for a model of {count} blocks",
+                f"distinct numbers in {-count} .. {count - 1}, at least one",
+                "Choose from these, or leave None for all.",
+            )
+        return tuple(self.blocks[place] for place in sorted(places))
+
+
+def anatomy(model: nn.Module) -> Anatomy:
+    """Find the blocks of a Hugging Face or timm transformer by the names that its kind uses.
+
+    The blocks are the list of modules with the most parameters; in each, linear layers of the child named after
+    attention are projections, the first and last of the others enter and leave the feed-forward network.
+
+    Raises:
+        ValueError: no such list, or a block without these parts.
+    """
+    lists = [
+        (name, part)
+        for name, part in model.named_modules()
+        if isinstance(part, nn.ModuleList | nn.Sequential) and all(_attentions(child) for child in part) and len(part)
+    ]
+    if not lists:
+        raise complaint(
+            f"found no list of transformer blocks in {type(model).__name__}",
+            "a list of modules that each have a child named after attention",
+            "Give anatomy=Anatomy((Block(...), ...)) with the names of its parts.",
+        )
+    name, blocks = max(lists, key=lambda pair: sum(parameter.numel() for parameter in pair[1].parameters()))
+    return Anatomy(tuple(_block(f"{name}.{k}" if name else str(k), block) for k, block in enumerate(blocks)))
+
+
+def linear_like(module: nn.Module) -> bool:
+    """Whether this is a linear layer; GPT-2's `Conv1D` is one, with its weight transposed."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def widths(module: nn.Module) -> tuple[int, int]:
+    """Input and output features of a linear layer, or of a wrapper that names both."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if type(module).__name__ == "Conv1D":
+        width, out = cast(Tensor, module.weight).shape
+        return width, out
+    known = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if not all(isinstance(width, int) for width in known):
+        raise complaint(
+            f"the widths of a {type(module).__name__}",
+            "a linear layer, or in_features and out_features",
+            "Name linear layers in the anatomy.",
+        )
+    return known  # type: ignore[return-value]
+
+
+def _attentions(block: nn.Module) -> list[str]:
+    return [name for name, _ in block.named_children() if name.lower() in ATTENTION]
+
+
+def _block(name: str, block: nn.Module) -> Block:
+    attentions = _attentions(block)
+    inside: list[str] = []
+    outside: list[str] = []
+    for place, _ in _linears(block):
+        (inside if place.split(".")[0] in attentions else outside).append(place)
+    if not outside or not inside:
+        raise complaint(
+            f"the block {name!r} has the linear layers {inside + outside}",
+            "some in its attention and some in its feed-forward network",
+            "Give anatomy=Anatomy((Block(...), ...)) with the names of its parts.",
+        )
+
+    def named(names: Sequence[str]) -> str | None:
+        found = [place for place in inside if place.rsplit(".", 1)[-1] in names]
+        return f"{name}.{found[0]}" if found else None
+
+    return Block(
+        name,
+        f"{name}.{outside[0]}",
+        f"{name}.{outside[-1]}",
+        named(QUERIES),
+        named(KEYS),
+        named(VALUES),
+        named(FUSED),
+    )
+
+
+def _linears(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, part in module.named_children():
+        if linear_like(part) or hasattr(part, "base_layer"):
+            yield name, part
+        else:
+            for rest, found in _linears(part):
+                yield f"{name}.{rest}", found

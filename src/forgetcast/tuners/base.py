@@ -1,0 +1,187 @@
+r"""The contract of tuners: what trains, and in which activation spaces its updates act.
+
+A trainable matrix M (a x b) acts on old inputs through X M^T (rows of X on its right side) or through S M (rows of S
+on its left). An update D leaves old outputs alone if X D^T = 0, or S D = 0. A site says for its parameters which of the
+two holds and how the rows are seen while the model runs; whoever projects, measures or reports reads sites, and does
+not ask which tuner made them.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from forgetcast.checks import complaint
+
+TUNER_FILE = "tuner.safetensors"
+Seen = Callable[[Float[Tensor, "k n d"]], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Space:
+    """Rows of activations on which parameters act.
+
+    Attributes:
+        name: of what is seen, for tables.
+        width: d.
+        blocks: k independent ones, such as heads.
+        watch: while its context is open, every forward pass gives its rows (k, n, d) to the function.
+    """
+
+    name: str
+    width: int
+    blocks: int
+    watch: Callable[[Seen], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """Parameters that act together, as one matrix (k, a, b).
+
+    Attributes:
+        names: of the parameters in the model.
+        parameters: one, or a weight and its bias, which is the last column of the matrix.
+        blocks: k.
+        right: rows X of width b with output X M^T; None if nothing is known there.
+        left: rows S of width a with output S M.
+    """
+
+    names: tuple[str, ...]
+    parameters: tuple[nn.Parameter, ...]
+    blocks: int = 1
+    right: Space | None = None
+    left: Space | None = None
+
+    def matrix(self, tensors: Sequence[Tensor] | None = None) -> Float[Tensor, "k a b"]:
+        """The parameters, or tensors of their shapes, as one matrix."""
+        weight, *bias = self.parameters if tensors is None else tensors
+        blocks = weight.reshape(self.blocks, -1, weight.shape[-1])
+        return torch.cat([blocks, bias[0].reshape(self.blocks, -1, 1)], 2) if bias else blocks
+
+    def split(self, matrix: Float[Tensor, "k a b"]) -> tuple[Tensor, ...]:
+        """The reverse of `matrix`."""
+        weight, *bias = self.parameters
+        if not bias:
+            return (matrix.reshape(weight.shape),)
+        return matrix[..., :-1].reshape(weight.shape), matrix[..., -1].reshape(bias[0].shape)
+
+
+class Tuned(ABC):
+    """A model with a tuner in place. Its parts train; everything else is frozen."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @abstractmethod
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """The tuner's parameters by their names in the model."""
+
+    @abstractmethod
+    def sites(self) -> tuple[Site, ...]:
+        """Every trainable parameter with the spaces in which it acts."""
+
+    @abstractmethod
+    def detach(self) -> nn.Module:
+        """Take the tuner out again: the model computes what it did before."""
+
+    def merge(self) -> nn.Module:
+        """Add the tuner's effect to the frozen weights and take it out.
+
+        Raises:
+            ValueError: a tuner whose effect is not linear in its input.
+        """
+        raise complaint(
+            f"merging a {type(self).__name__}",
+            "a tuner that adds a linear map to a linear layer (LoRA)",
+            "Keep it in place, or save it beside the model.",
+        )
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The tuner's parameters."""
+        return list(self.named_parameters().values())
+
+    def state(self) -> dict[str, Tensor]:
+        """The tuner's parameters, detached."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters().items()}
+
+    def save(self, folder: str | Path) -> None:
+        """Write the parameters as `tuner.safetensors`, which appears whole or not at all."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / f"{TUNER_FILE}.part"
+        state = {name: value.contiguous() for name, value in self.state().items()}
+        save_file(state, part, metadata={"tuner": type(self).__name__})
+        part.replace(folder / TUNER_FILE)
+
+    def load(self, folder: str | Path) -> None:
+        """Read parameters that `save` wrote.
+
+        Raises:
+            ValueError: no such file, or of another tuner.
+        """
+        path = Path(folder) / TUNER_FILE
+        if not path.exists():
+            raise complaint(f"no {TUNER_FILE} in {folder}", "a folder that save() wrote", "Check the path.")
+        with safe_open(path, framework="pt") as file:
+            kind = (file.metadata() or {}).get("tuner")
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        if kind != type(self).__name__:
+            raise complaint(f"{path} holds a {kind}", f"a {type(self).__name__}", "Attach the tuner that was saved.")
+        self.load_state(state)
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Put parameters back.
+
+        Raises:
+            ValueError: other names or shapes than this tuner has; then nothing is changed.
+        """
+        own = self.named_parameters()
+        wrong = sorted(set(own) ^ set(state)) or [name for name in own if own[name].shape != state[name].shape]
+        if wrong:
+            raise complaint(
+                f"a state that differs in {wrong[:3]} ({len(wrong)} such parameters)",
+                f"the {len(own)} parameters of this {type(self).__name__}",
+                "Attach the tuner with the options that it was saved with, to the same model.",
+            )
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(state[name])
+
+
+def inputs_of(module: nn.Module, name: str, width: int, constant: bool = False) -> Space:
+    """The rows that a linear layer gets; with `constant` a 1 at the end of each, on which the bias acts."""
+
+    @contextmanager
+    def watch(seen: Seen) -> Iterator[None]:
+        def hook(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+            rows = given[0].detach().reshape(-1, width)
+            seen((torch.cat([rows, rows.new_ones(len(rows), 1)], 1) if constant else rows)[None])
+
+        handle = module.register_forward_pre_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    return Space(name, width + constant, 1, watch)
+
+
+def linear_site(model_name: str, module: nn.Linear) -> Site:
+    """Weight, and bias if it trains, of a linear layer: both act on its inputs."""
+    held = {
+        f"{model_name}.{name}": value for name, value in module.named_parameters(recurse=False) if value.requires_grad
+    }
+    rows = inputs_of(module, model_name, module.in_features, constant=len(held) > 1)
+    return Site(tuple(held), tuple(held.values()), right=rows)
+
+
+def freeze(model: nn.Module) -> None:
+    """No parameter of the model trains."""
+    model.requires_grad_(False)

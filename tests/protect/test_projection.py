@@ -1,0 +1,224 @@
+"""Projected steps leave old answers alone, whatever the optimiser; projected gradients do not."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import forgetcast as fc
+from forgetcast.protect.projection import Projection, protect
+from forgetcast.tuners.adapter import Adapter
+from forgetcast.tuners.anatomy import Anatomy, Block
+from forgetcast.tuners.base import Site, linear_site
+
+WIDTH, STEPS = 24, 200
+OPTIMIZERS = {
+    "momentum": lambda chosen: torch.optim.SGD(chosen, lr=0.05, momentum=0.9, weight_decay=5e-4),
+    "adam": lambda chosen: torch.optim.Adam(chosen, lr=0.01),
+    "adamw": lambda chosen: torch.optim.AdamW(chosen, lr=0.01, weight_decay=0.1),
+}
+
+
+class Stages(nn.Module):
+    """Blocks x + f(norm(x)), whose outputs are kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 30), nn.GELU(), nn.Linear(30, WIDTH)) for _ in range(3)
+        )
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        outputs = [x]
+        for stage in self.stages:
+            outputs.append(outputs[-1] + stage(outputs[-1]))
+        return outputs[1:]
+
+
+PARTS = Anatomy(tuple(Block(f"stages.{k}", f"stages.{k}.1", f"stages.{k}.3") for k in range(3)))
+
+
+def task(seed: int, rows: int = 5) -> Tensor:
+    return torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def learn(model, parameters, inputs, optimizer, projection=None, target="step", clip=None) -> None:
+    made = OPTIMIZERS[optimizer](parameters)
+    goal = torch.randn(len(inputs), WIDTH, generator=torch.Generator().manual_seed(9))
+
+    def steps() -> None:
+        for _ in range(STEPS):
+            made.zero_grad()
+            (model(inputs)[-1] - goal).square().mean().backward()
+            if clip is not None:
+                nn.utils.clip_grad_norm_(parameters, clip)
+            made.step()
+
+    if projection is None:
+        steps()
+    else:
+        with protect(made, projection, target):
+            steps()
+
+
+def moved(model: nn.Module, inputs: Tensor, before: list[Tensor]) -> float:
+    """Largest relative change of any block's output."""
+    with torch.no_grad():
+        return max(float((a - b).norm() / b.norm()) for a, b in zip(model(inputs), before, strict=True))
+
+
+def outputs(model: nn.Module, inputs: Tensor) -> list[Tensor]:
+    with torch.no_grad():
+        return model(inputs)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("optimizer", "clip"), [(name, None) for name in OPTIMIZERS] + [("adamw", 0.1)])
+def test_two_old_tasks_keep_every_blocks_outputs(optimizer, clip, bias):
+    """In single precision, over hundreds of steps; without projection all of them move."""
+    torch.manual_seed(0)
+    model = Stages()
+    tuned = Adapter(rank=20, bias=bias).attach(model, PARTS)
+    learn(model, tuned.parameters(), task(1), optimizer)
+    projection = Projection(tuned.sites()).after(model, [task(1)])
+    first = outputs(model, task(1))
+    learn(model, tuned.parameters(), task(2), optimizer, projection, clip=clip)
+    assert moved(model, task(1), first) < 1e-5
+    projection = projection.after(model, task(2).split(2))
+    second = outputs(model, task(2))
+    start = {name: value.clone() for name, value in tuned.state().items()}
+    learn(model, tuned.parameters(), task(3), optimizer, projection, clip=clip)
+    assert moved(model, task(1), first) < 1e-5
+    assert moved(model, task(2), second) < 1e-5
+    assert moved(model, task(3), outputs(model, task(4))) > 0
+    tuned.load_state(start)
+    learn(model, tuned.parameters(), task(3), optimizer, clip=clip)
+    assert moved(model, task(1), first) > 1e-2
+    assert moved(model, task(2), second) > 1e-2
+
+
+def leak(optimizer: str, target: str) -> float:
+    """Share of the way in old directions, where one linear layer learns."""
+    torch.manual_seed(1)
+    layer = nn.Linear(WIDTH, 7, bias=False).double()
+    site = linear_site("layer", layer)
+    old = task(1).double()
+    projection = Projection((site,)).after(layer, [old])
+    start = layer.weight.detach().clone()
+    made = OPTIMIZERS[optimizer](layer.parameters())
+    draw = torch.Generator().manual_seed(3)
+    with protect(made, projection, target):
+        for _ in range(50):
+            made.zero_grad()
+            x = torch.randn(8, WIDTH, generator=draw, dtype=torch.float64)
+            (layer(x) - x[:, :7].sin()).square().mean().backward()
+            made.step()
+    way = layer.weight.detach() - start
+    basis = torch.linalg.qr(old.T).Q
+    return float((way @ basis).norm() / way.norm())
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_step_stays_in_the_space_and_the_gradient_does_not_hold_it_there(optimizer):
+    assert leak(optimizer, "step") < 1e-12
+    assert leak(optimizer, "gradient") > (0.05 if "adam" in optimizer else 1e-4)
+
+
+def test_strength_slows_old_directions():
+    """By 1 - rho along them, not at all across them: of a plain step of gradient descent."""
+    layer = nn.Linear(WIDTH, 4, bias=False).double()
+    old, update = task(1).double(), task(2, 4).double()[None]
+    site = linear_site("layer", layer)
+    projection = Projection((site,), strength=0.7).after(layer, [old])
+    found = projection.projected(site, update)
+    basis = torch.linalg.qr(old.T).Q
+    assert torch.allclose(found @ basis, 0.3 * update @ basis)
+    assert torch.allclose(found - found @ basis @ basis.T, update - update @ basis @ basis.T)
+
+
+def test_sites_with_rows_on_the_left_and_blocks_of_their_own():
+    """S D = 0 for each block with its own rows."""
+    rows = torch.randn(3, 2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    parameter = nn.Parameter(torch.randn(3, 6, 4, dtype=torch.float64))
+    layer = nn.Linear(6, 6, dtype=torch.float64)
+    space = linear_site("layer", layer).right
+    assert space is not None
+    left = type(space)("rows", 6, 3, lambda seen: Once(seen, rows))
+    projection = Projection((Site(("p",), (parameter,), blocks=3, left=left),)).after(layer, [rows[0]])
+    update = projection.projected(projection.sites[0], torch.randn(3, 6, 4, dtype=torch.float64))
+    assert float((rows @ update).abs().max()) < 1e-12
+    assert float(update.norm()) > 1
+    swapped = rows[[1, 2, 0]] @ update
+    assert float(swapped.abs().min(dim=0).values.max()) > 1e-3
+
+
+class Once:
+    """A context that shows some rows."""
+
+    def __init__(self, seen, rows) -> None:
+        self.seen, self.rows = seen, rows
+
+    def __enter__(self) -> None:
+        self.seen(self.rows)
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def test_exhausted_sites_are_named_and_stand_still():
+    layer = nn.Linear(5, 3, bias=False)
+    start = layer.weight.detach().clone()
+    site = linear_site("up", layer)
+    old = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
+    for strength, moves in ((1.0, False), (0.9, True)):
+        with pytest.warns(UserWarning, match=r"1 of 1 spaces have less than 10% .* up 0 of 5"):
+            projection = Projection((site,), strength=strength).after(layer, [old])
+        assert projection.table().iloc[0].tolist() == ["up", 5, 5, 0]
+        made = torch.optim.Adam(layer.parameters(), lr=0.01)
+        with protect(made, projection):
+            layer(old).square().sum().backward()
+            made.step()
+        way = float((layer.weight.detach() - start).norm())
+        assert (way > 1e-3) == moves
+        assert way < 0.01
+
+
+def test_state_is_taken_over_and_foreign_state_refused():
+    layer, other = nn.Linear(6, 3, bias=False), nn.Linear(7, 3, bias=False)
+    projection = Projection((linear_site("layer", layer),)).after(layer, [torch.randn(2, 6)])
+    again = Projection(projection.sites).with_state(projection.state_dict())
+    update = torch.randn(1, 3, 6)
+    assert torch.equal(again.projected(again.sites[0], update), projection.projected(projection.sites[0], update))
+    with pytest.raises(ValueError, match=r"bases of layer of shape .* 1 of 7 rows"):
+        Projection((linear_site("layer", other),)).with_state(projection.state_dict())
+    with pytest.raises(ValueError, match="which no site has"):
+        Projection((linear_site("another", layer),)).with_state(projection.state_dict())
+
+
+def test_bad_input_is_refused():
+    layer = nn.Linear(6, 3)
+    projection = Projection((linear_site("layer", layer),))
+    foreign = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="none of the projected parameters"), protect(foreign, projection):
+        pass
+    partial = torch.optim.SGD([layer.weight], lr=0.1)
+    with pytest.raises(ValueError, match="only a part of"), protect(partial, projection):
+        pass
+    with pytest.raises(ValueError, match="rows of layer"):
+        projection.after(layer, [torch.full((2, 6), torch.nan)])
+    with pytest.raises(ValueError, match="no rows were seen at"):
+        projection.after(layer, [])
+    with pytest.raises(ValueError, match="threshold=0"):
+        fc.Projection(projection.sites, threshold=0.0)
+
+
+def test_hooks_go_when_the_context_ends_also_by_an_error():
+    layer = nn.Linear(6, 3, bias=False)
+    old = torch.randn(2, 6)
+    projection = Projection((linear_site("layer", layer),)).after(layer, [old])
+    made = torch.optim.SGD(layer.parameters(), lr=0.1)
+    with pytest.raises(RuntimeError, match="by the user"), protect(made, projection):
+        raise RuntimeError("by the user")
+    before = layer(old).detach()
+    layer(old).square().sum().backward()
+    made.step()
+    assert float((layer(old) - before).detach().norm()) > 1e-3

@@ -1,0 +1,97 @@
+"""Bases grown from streamed second moments."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from forgetcast.protect.spaces import Basis, moments_of
+from forgetcast.tuners.base import inputs_of
+
+
+def rows_with(values: list[float], width: int, seed: int = 0) -> Tensor:
+    """Rows (n, d) with these singular values."""
+    draw = torch.Generator().manual_seed(seed)
+    left, right = (
+        torch.linalg.qr(torch.randn(size, len(values), generator=draw, dtype=torch.float64)).Q
+        for size in (2 * width, width)
+    )
+    return left @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ right.T
+
+
+def grown(rows: Tensor, threshold: float, energy: str = "sigma2", basis: Basis | None = None) -> Basis:
+    basis = Basis.empty(1, rows.shape[1]) if basis is None else basis
+    return basis.grown((rows.T @ rows)[None], threshold, energy)
+
+
+@pytest.mark.parametrize(
+    ("power", "energy", "expected"),
+    [
+        (0.5, "sigma2", [21, 373, 536, 715]),
+        (1.0, "sigma2", [1, 6, 12, 56]),
+        (0.5, "sigma4", [1, 6, 12, 56]),
+        (1.0, "sigma4", [1, 1, 2, 3]),
+    ],
+)
+def test_the_same_threshold_means_different_things(power, energy, expected):
+    """The table of conventions in docs/projection.md: 768 directions with singular values i^-power."""
+    values = torch.arange(1, 769, dtype=torch.float64) ** -power
+    moment = torch.diag(values.square())[None]
+    found = [Basis.empty(1, 768).grown(moment, threshold, energy).ranks[0] for threshold in (0.5, 0.9, 0.95, 0.99)]
+    assert found == expected
+
+
+@given(st.integers(0, 1000), st.floats(0.3, 0.999))
+def test_the_fewest_directions_with_enough_energy(seed, threshold):
+    values = torch.rand(6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.05
+    values = values.sort(descending=True).values
+    rows = rows_with(values.tolist(), 9, seed)
+    basis = grown(rows, threshold).directions[0]
+    held = float((rows @ basis).square().sum() / rows.square().sum())
+    fewer = float((rows @ basis[:, :-1]).square().sum() / rows.square().sum())
+    assert held >= threshold - 1e-9
+    assert fewer < threshold
+    assert torch.allclose(basis.T @ basis, torch.eye(basis.shape[1], dtype=torch.float64), atol=1e-12)
+
+
+def test_a_second_task_adds_what_the_first_does_not_hold():
+    first, second = rows_with([3, 2, 1], 10, 0), rows_with([3, 2], 10, 1)
+    basis = grown(second, 1.0, basis=grown(first, 1.0))
+    assert basis.ranks == (5,)
+    stacked = torch.linalg.qr(torch.cat([first, second]).T @ torch.cat([first, second])).Q[:, :5]
+    span = basis.directions[0]
+    for rows in (first, second):
+        assert torch.allclose(rows @ span @ span.T, rows, atol=1e-10)
+    assert torch.linalg.matrix_rank(torch.cat([stacked, span], 1), tol=1e-8) <= 10
+    assert grown(first, 1.0, basis=basis).ranks == (5,)
+    assert grown(first, 0.9, basis=basis).ranks == (5,)
+
+
+def test_directions_a_million_times_weaker_are_held_at_threshold_one():
+    rows = rows_with([1, 1e-3, 1e-6], 8)
+    basis = grown(rows, 1.0)
+    assert basis.ranks == (3,)
+    span = basis.directions[0]
+    assert float((rows - rows @ span @ span.T).norm()) < 1e-9
+
+
+def test_streamed_moments_are_those_of_all_rows_and_know_no_order_of_samples():
+    layer = nn.Linear(6, 2).double().train()
+    space = inputs_of(layer, "layer", 6)
+    rows = torch.randn(7, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    whole = moments_of(layer, [space], [rows])[space]
+    parts = moments_of(layer, [space], rows[torch.randperm(7)].split(2))[space]
+    flat = rows.reshape(-1, 6)
+    assert torch.allclose(whole[0], flat.T @ flat)
+    assert torch.allclose(parts, whole)
+    assert layer.training
+    assert not layer._forward_pre_hooks
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_moments_of_other_shapes_are_refused():
+    with pytest.raises(ValueError, match=r"moments of shape \(1, 5, 5\); expected \(1, 6, 6\)"):
+        Basis.empty(1, 6).grown(torch.eye(5)[None], 0.9)
+    with pytest.raises(ValueError, match="energy="):
+        Basis.empty(1, 5).grown(torch.eye(5)[None], 0.9, "sigma3")

@@ -1,0 +1,73 @@
+"""Where the parts of transformers are found."""
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("transformers")
+
+from tuned_models import KINDS, LAYERS, WIDTH, small
+
+from forgetcast.tuners.adapter import Adapter
+from forgetcast.tuners.anatomy import Anatomy, Block, anatomy, widths
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_block_has_its_projections_and_its_feed_forward_network(kind):
+    model = small(kind)
+    found = anatomy(model)
+    assert len(found.blocks) == LAYERS
+    for block in found.blocks:
+        projections = (block.fused,) if block.fused else (block.query, block.key, block.value)
+        for name in projections:
+            assert name is not None
+            assert widths(model.get_submodule(name))[0] == WIDTH
+        assert (block.fused is None) == (block.query is not None)
+        assert widths(model.get_submodule(block.enter))[0] == WIDTH
+        assert widths(model.get_submodule(block.leave))[1] == WIDTH
+
+
+class Own(nn.Module):
+    """Names that nothing knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 6)) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for stage in self.stages:
+            x = x + stage(x)
+        return x
+
+
+def test_a_model_of_ones_own_is_described_by_hand():
+    model, x = Own(), torch.randn(4, 6)
+    with pytest.raises(ValueError, match=r"no list of transformer blocks in Own; .*anatomy=Anatomy"):
+        Adapter().attach(model)
+    parts = Anatomy(tuple(Block(f"stages.{k}", f"stages.{k}.0", f"stages.{k}.2") for k in range(3)))
+    before = model(x)
+    tuned = Adapter(rank=2, layers=[0, -1]).attach(model, parts)
+    assert torch.equal(model(x), before)
+    assert [name.split(".")[1] for name in tuned.named_parameters()] == ["0", "0", "2", "2"]
+    with pytest.raises(ValueError, match=r"adapters in \['stages.0', 'stages.2'\] already"):
+        Adapter(rank=2, layers=[0, -1]).attach(model, parts)
+
+
+@pytest.mark.parametrize("layers", [[], [3], [-4], [0, 0], [0, -3]])
+def test_layers_that_are_not_there(layers):
+    parts = Anatomy(tuple(Block(f"stages.{k}", f"stages.{k}.0", f"stages.{k}.2") for k in range(3)))
+    with pytest.raises(ValueError, match=r"layers=|a layer="):
+        parts.layers(layers)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 0}, "got rank=0"),
+        ({"scale": 0.0}, "got scale=0.0"),
+        ({"activation": "softplus"}, "got activation='softplus'"),
+    ],
+)
+def test_options_of_adapters_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        Adapter(**options)

@@ -1,0 +1,134 @@
+"""What every tuner owes: nothing changes at first, all of it trains, its sites tell the truth, it comes out again."""
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+from tuned_models import KINDS, hidden, inputs, small  # noqa: E402 - these import transformers
+
+from forgetcast.tuners.adapter import Adapter  # noqa: E402
+from forgetcast.tuners.base import Tuned  # noqa: E402
+from forgetcast.tuners.lora import LoRA  # noqa: E402
+
+TUNERS = {
+    "parallel adapter": Adapter(rank=20),
+    "sequential adapter": Adapter(rank=20, place="sequential", activation="relu", scale=0.5, layers=[-1]),
+    "adapter with biases": Adapter(rank=20, bias=True),
+    "LoRA": LoRA(rank=20),
+    "LoRA everywhere": LoRA(rank=20, targets=("query", "key", "value", "enter", "leave"), alpha=10, layers=[0]),
+}
+BOTH = [(kind, name) for kind in KINDS for name in TUNERS]
+
+
+def trained(tuned: Tuned, kind: str, steps: int = 2) -> dict[str, float]:
+    """Largest gradient that each parameter has seen in a few steps on some task."""
+    optimizer = torch.optim.SGD(tuned.parameters(), lr=0.1)
+    seen = dict.fromkeys(tuned.named_parameters(), 0.0)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        hidden(tuned.model, inputs(kind, 4, seed=5)).sin().square().mean().backward()
+        for name, parameter in tuned.named_parameters().items():
+            seen[name] = max(seen[name], float(parameter.grad.abs().max()))
+        optimizer.step()
+    return seen
+
+
+@pytest.mark.parametrize(("kind", "name"), BOTH)
+def test_nothing_changes_at_first_and_all_of_it_trains(kind, name):
+    model = small(kind)
+    before = hidden(model, inputs(kind, 3)).detach()
+    names = [key for key, _ in model.named_parameters()]
+    frozen = {key: value.clone() for key, value in model.state_dict().items()}
+    tuned = TUNERS[name].attach(model)
+    assert torch.equal(hidden(model, inputs(kind, 3)), before)
+    training = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    assert training == {id(parameter) for parameter in tuned.parameters()}
+    assert set(tuned.named_parameters()) <= {key for key, _ in model.named_parameters()}
+    assert min(trained(tuned, kind).values()) > 0
+    moved = hidden(model, inputs(kind, 3)).detach()
+    assert float((moved - before).norm()) > 1e-6 * float(before.norm())
+    assert tuned.detach() is model
+    assert [key for key, _ in model.named_parameters()] == names
+    assert all(torch.equal(value, frozen[key]) for key, value in model.state_dict().items())
+    assert torch.equal(hidden(model, inputs(kind, 3)), before)
+
+
+@pytest.mark.parametrize(("kind", "name"), BOTH)
+def test_updates_that_vanish_on_the_rows_of_their_sites_change_no_old_output(kind, name):
+    """Through all depths; an update of the same size that does not vanish there changes them."""
+    tuned = TUNERS[name].attach(small(kind))
+    trained(tuned, kind)
+    sites = tuned.sites()
+    assert sorted(key for site in sites for key in site.names) == sorted(tuned.named_parameters())
+    old, rows = inputs(kind, 2), {}
+    for site in sites:
+        with site.right.watch(lambda seen, site=site: rows.setdefault(site, []).append(seen)), torch.no_grad():
+            before = hidden(tuned.model, old)
+    start = tuned.state()
+    start = {key: value.clone() for key, value in start.items()}
+
+    def drift(project: bool) -> float:
+        draw = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for site in sites:
+                (seen,) = rows[site]
+                update = 0.1 * torch.randn(site.matrix().shape, generator=draw, dtype=torch.float64)
+                assert seen.shape[2] == update.shape[2] == site.right.width
+                if project:
+                    basis = torch.linalg.svd(seen[0], full_matrices=True).Vh[torch.linalg.matrix_rank(seen[0]) :]
+                    assert len(basis) > 0
+                    update = update @ basis.T @ basis
+                for parameter, part in zip(site.parameters, site.split(site.matrix() + update), strict=True):
+                    parameter.copy_(part)
+            after = hidden(tuned.model, old)
+            tuned.load_state(start)
+        return float((after - before).norm() / before.norm())
+
+    assert drift(project=True) < 1e-10
+    assert drift(project=False) > 1e-3
+
+
+@pytest.mark.parametrize(("kind", "name"), [("vit", name) for name in TUNERS] + [("gpt2", "LoRA")])
+def test_saved_and_loaded(kind, name, tmp_path):
+    tuned = TUNERS[name].attach(small(kind))
+    trained(tuned, kind)
+    expected = hidden(tuned.model, inputs(kind, 3))
+    tuned.save(tmp_path)
+    other = TUNERS[name].attach(small(kind))
+    other.load(tmp_path)
+    assert torch.equal(hidden(other.model, inputs(kind, 3)), expected)
+    with pytest.raises(ValueError, match="expected a folder that"):
+        other.load(tmp_path / "nowhere")
+
+
+def test_a_state_of_another_tuner_changes_nothing(tmp_path):
+    tuned = Adapter(rank=3).attach(small("vit"))
+    tuned.save(tmp_path)
+    other = Adapter(rank=4).attach(small("vit"))
+    before = {key: value.clone() for key, value in other.state().items()}
+    with pytest.raises(ValueError, match=r"differs in .*expected the 4 parameters"):
+        other.load(tmp_path)
+    assert all(torch.equal(value, before[key]) for key, value in other.state().items())
+    with pytest.raises(ValueError, match="merging a TunedByAdapters"):
+        other.merge()
+
+
+@pytest.mark.parametrize("name", ["parallel adapter", "sequential adapter"])
+def test_adapters_compute_their_formula(name):
+    """Beside or behind the feed-forward network of a block, from its own input or its output."""
+    options = TUNERS[name]
+    model = small("fused")
+    tuned = options.attach(model)
+    trained(tuned, "fused")
+    block = model.blocks[-1]
+    part = block.mlp[2].adapter
+    x = torch.randn(2, 5, 24, dtype=torch.float64)
+    block_input = x + block.attn(block.norm1(x))
+    inner = block.norm2(block_input)
+    frozen = torch.nn.functional.linear(block.mlp[1](block.mlp[0](inner)), block.mlp[2].weight, block.mlp[2].bias)
+    act = {"gelu": torch.nn.functional.gelu, "relu": torch.relu}[options.activation]
+    given = inner if options.place == "parallel" else frozen
+    added = options.scale * act(given @ part.down.weight.T) @ part.up.weight.T
+    assert torch.allclose(block(x), block_input + frozen + added, atol=1e-12)
