@@ -1,0 +1,1 @@
+"""The project inside other frameworks' loops; one file each."""
