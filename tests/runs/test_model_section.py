@@ -36,6 +36,21 @@ CLOSED = {"name": "closed", "size": 3}
             "got model.cache=True; .*random crops and flips make other features",
         ),
         ({"model": {"backbone": "mlp", "trainable": "all"}, "method": CLOSED}, "closed is a closed form on a frozen"),
+        ({"model": {"tuner": {"kind": "lora"}}}, "got model.tuner=.*identity is no pretrained transformer"),
+        (
+            {"model": {"backbone": "hf:x", "tuner": {"kind": "lora"}, "trainable": "all"}},
+            "got model.trainable='all'; .*the backbone itself stays frozen",
+        ),
+        (
+            {"model": {"backbone": "hf:x", "tuner": {"kind": "lora", "scale": 2.0}}},
+            "got model.tuner.scale=2.0; .*it belongs to adapter",
+        ),
+        (
+            {"model": {"backbone": "hf:x", "tuner": {"kind": "adapter", "activation": "rely"}}},
+            "got activation='rely'; .*Did you mean 'relu'",
+        ),
+        ({"model": {"backbone": "hf:x", "tuner": {"kind": "lora"}}, "method": CLOSED}, "got model.tuner=.*closed form"),
+        ({"model": {"backbone": "hf:x", "tuner": {"kind": "lora"}, "cache": True}}, "got model.cache=True"),
         ({"preprocessing": {"flip": 0.5}, "method": CLOSED}, "got preprocessing.flip=0.5; .*reads images once"),
         ({"preprocessing": {"padding": 2}}, "got preprocessing.padding=2; .*it belongs to random_crop"),
         ({"preprocessing": {"mean": [0, 0, 0]}}, "got one of preprocessing.mean and preprocessing.std"),

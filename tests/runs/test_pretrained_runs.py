@@ -10,6 +10,7 @@ from rich.console import Console
 from forgetcast.learn.seeding import seed_everything
 from forgetcast.runs.data import stream_of
 from forgetcast.runs.execute import execute
+from forgetcast.runs.forecast import forecast_recipe
 from forgetcast.runs.prepare import prepare
 from forgetcast.runs.recipe import build_recipe
 from forgetcast.runs.record import read_record
@@ -241,3 +242,36 @@ def test_data_that_the_backbone_does_not_take(texts, pictures, bert, vit, tmp_pa
     with pytest.raises(ValueError, match="news holds texts; expected a backbone with a tokenizer. Choose .* hf:NAME"):
         execute(build_recipe(tree), tmp_path)
     assert not list(tmp_path.glob("*/record.json"))
+
+
+@pytest.mark.parametrize(
+    ("tuner", "numbers"),
+    [
+        ({"kind": "lora", "rank": 2, "layers": [-1], "targets": ["query"]}, 2 * 16 * 2),
+        ({"kind": "adapter", "rank": 3, "activation": "relu"}, 2 * 2 * 16 * 3),
+    ],
+)
+def test_a_tuner_trains_and_the_backbone_stays(texts, bert, tmp_path, tuner, numbers):
+    given = recipe(table(texts), bert, preprocessing=SHORT, tuner=tuner)
+    seed_everything(0)
+    prepared = prepare(given, stream_of(given.data, 0).source, tmp_path)
+    training = [parameter for parameter in prepared.backbone.parameters() if parameter.requires_grad]
+    assert sum(parameter.numel() for parameter in training) == numbers
+    record = read_record(execute(given, tmp_path))
+    rows = [numbers + 17 * seen for seen in (2, 4)]
+    assert record["trainable_parameters"][: len(rows)] == rows
+    assert record["backbone"]["trainable"] == "tuner"
+    assert record["recipe"]["model"]["tuner"]["kind"] == tuner["kind"]
+    again = read_record(execute(build_recipe(record["recipe"] | {"name": "again"}), tmp_path))
+    assert again["accuracy_matrix"] == record["accuracy_matrix"]
+
+
+@pytest.mark.parametrize("tuner", [{"kind": "lora", "rank": 2}, {"kind": "adapter", "rank": 3}])
+def test_with_the_whole_budget_the_forecast_of_a_tuned_run_is_the_run(pictures, vit, tmp_path, tuner):
+    training = {"learning_rate": 0.003, "epochs": 2, "batch_size": 5}
+    given = recipe(f"folder:{pictures}", vit, training=training, tuner=tuner, new_rows="placed")
+    record = read_record(forecast_recipe(given, tmp_path, budget=1.0, verify=True))
+    assert record["calibration"]["relative_error"] < 1e-4
+    assert record["calibration"]["cosine"] > 1 - 1e-6
+    assert record["left_out"] == []
+    assert record["forecast"]["trusted"]

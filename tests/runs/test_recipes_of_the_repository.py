@@ -44,8 +44,17 @@ def test_recipes_for_own_data_run(texts, pictures, bert, vit, tmp_path):
             "model.trainable=[layers.1.*]",
             "training.epochs=1",
         ],
+        "texts_lora": [f"data.source={csv}", "data.increment=2", *few],
+        "images_adapter": [
+            f"data.source=folder:{pictures}",
+            "data.increment=2",
+            f"model.backbone=hf:{vit}",
+            "model.tuner.layers=[-1]",
+            "training.epochs=1",
+        ],
         "features_icarl": [f"data.source=npz:{archive}", "data.base=4", "data.increment=2", "training.epochs=1"],
     }
+    assert set(own) | {"images_timm_simplecil"} == {path.stem for path in (RECIPES / "own_data").glob("*.yaml")}
     for name, overrides in own.items():
         recipe = load_recipe(RECIPES / "own_data" / f"{name}.yaml", overrides)
         assert read_record(execute(recipe, tmp_path))["state"] == "finished"

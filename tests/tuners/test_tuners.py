@@ -1,5 +1,7 @@
 """What every tuner owes: nothing changes at first, all of it trains, its sites tell the truth, it comes out again."""
 
+import copy
+
 import pytest
 import torch
 
@@ -132,3 +134,17 @@ def test_adapters_compute_their_formula(name):
     given = inner if options.place == "parallel" else frozen
     added = options.scale * act(given @ part.down.weight.T) @ part.up.weight.T
     assert torch.allclose(block(x), block_input + frozen + added, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", TUNERS)
+def test_a_copy_of_the_model_has_a_tuner_of_its_own(name):
+    tuned = TUNERS[name].attach(small("vit"))
+    trained(tuned, "vit")
+    other = copy.deepcopy(tuned.model)
+    before = hidden(other, inputs("vit", 2)).detach()
+    assert torch.equal(before, hidden(tuned.model, inputs("vit", 2)))
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.mul_(2)
+    assert torch.equal(before, hidden(other, inputs("vit", 2)))
+    assert not torch.allclose(before, hidden(tuned.model, inputs("vit", 2)))

@@ -35,7 +35,7 @@ def projection_callback(projection: Projection, target: Target = "step") -> Any:
         def __init__(self) -> None:
             self.open = ExitStack()
 
-        def on_train_begin(self, *_: Any, optimizer: Any, **__: Any) -> None:
+        def on_train_begin(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
             """The optimiser is there: project its steps."""
             self.open.close()
             self.open.enter_context(protect(getattr(optimizer, "optimizer", optimizer), projection, target))

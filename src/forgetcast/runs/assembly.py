@@ -25,6 +25,7 @@ from forgetcast.runs.data import stream_of
 from forgetcast.runs.options import takes_model
 from forgetcast.runs.prepare import Prepared, prepare
 from forgetcast.runs.recipe import Recipe
+from forgetcast.runs.section import plain
 from forgetcast.runs.store import open_run
 from forgetcast.streams.scenarios import Stream
 
@@ -140,9 +141,11 @@ def assemble(recipe: Recipe, root: Path, accelerator: Accelerator, console: Cons
 def _require_trained(recipe: Recipe, method: Method) -> None:
     """Raise if the recipe says that the backbone trains, and the method keeps it frozen."""
     trains = any(parameter.requires_grad for parameter in method.model.backbone.parameters())
-    if recipe.model.trainable not in (None, "none") and not trains:
+    key = "trainable" if recipe.model.tuner is None else "tuner"
+    if (recipe.model.tuner is not None or recipe.model.trainable not in (None, "none")) and not trains:
+        value = plain(getattr(recipe.model, key))
         raise complaint(
-            f"got model.trainable={recipe.model.trainable!r} with {recipe.method.name}, which freezes the backbone",
+            f"got model.{key}={value!r} with {recipe.method.name}, which freezes the backbone",
             "a method that trains it",
-            "Leave model.trainable out, or choose another method.",
+            f"Leave model.{key} out, or choose another method.",
         )

@@ -90,7 +90,9 @@ def prepare(
     }
     if not recipe.cached:
         network = plain if pretrained is None else pretrained.network
-        if recipe.model.kind != "identity":
+        if recipe.model.tuner is not None:
+            recipe.model.tuner.made().attach(network)
+        elif recipe.model.kind != "identity":
             module = choose_trainable(module, network, recipe.trainable, sample)
         return Prepared(module, width, inputs.read, inputs.read_training, weights, 0, about)
     computed, started = 0, monotonic()

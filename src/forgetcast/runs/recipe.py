@@ -44,7 +44,9 @@ class Recipe(Section):
 
     @property
     def trainable(self) -> str | tuple[str, ...]:
-        """Which parameters of the backbone train: "none", "all", or patterns of names."""
+        """Which parameters of the backbone train: "none", "all", "tuner", or patterns of names."""
+        if self.model.tuner is not None:
+            return "tuner"
         if self.model.trainable is not None:
             return self.model.trainable
         steps = takes_steps(self.method.name, self.method.options)
@@ -71,7 +73,7 @@ class Recipe(Section):
             self.training.refuse_set("training", unread, closed)
             self.preprocessing.refuse_set("preprocessing", ("random_crop", "flip"), f"{closed} that reads images once")
             if self.trainable != "none":
-                self.model.refuse_set("model", ("trainable",), f"{closed} on a frozen backbone")
+                self.model.refuse_set("model", ("trainable", "tuner"), f"{closed} on a frozen backbone")
         if not takes_model(self.method.name):
             self.model.refuse_set("model", ("head", "new_rows"), f"{self.method.name} brings its own head")
         if self.cached and self.trainable != "none":

@@ -8,6 +8,7 @@ from forgetcast.backbones.huggingface import Pooling
 from forgetcast.checks import complaint, require_choice
 from forgetcast.runs.options import check_options
 from forgetcast.runs.section import AboveZero, AtLeastZero, Count, Probability, Section
+from forgetcast.runs.tuner import TunerChoice
 
 BACKBONES = ("identity", "mlp", "hf", "timm")
 PRETRAINED = ("hf", "timm")
@@ -36,6 +37,7 @@ class ModelChoice(Section):
         pooling: how the last hidden states of a Hugging Face model become a feature; by default as the model was made.
         trainable: which parameters of the backbone train: none of them, all that the features depend on, or those
             whose names match a pattern. By default all of an mlp and none of a pretrained backbone.
+        tuner: small parts put into a frozen pretrained backbone; they train, and it does not.
         cache: whether features are computed once and kept on disk; by default where a pretrained backbone is frozen
             and no image is augmented.
         head: kind of head.
@@ -46,6 +48,7 @@ class ModelChoice(Section):
     weights: str | None = None
     pooling: Pooling | None = None
     trainable: Annotated[Literal["none", "all"] | tuple[str, ...] | None, BeforeValidator(_check_trainable)] = None
+    tuner: TunerChoice | None = None
     cache: bool | None = None
     head: Literal["linear", "cosine"] = "linear"
     new_rows: Literal["fresh", "placed"] = "fresh"
@@ -76,6 +79,10 @@ class ModelChoice(Section):
             self.refuse_set("model", ("weights",), "only timm:NAME reads them from a file")
         if self.kind == "identity":
             self.refuse_set("model", ("trainable", "cache"), "identity has nothing to train and nothing to compute")
+        if self.tuner is not None:
+            if self.kind not in PRETRAINED:
+                self.refuse_set("model", ("tuner",), f"{self.kind} is no pretrained transformer")
+            self.refuse_set("model", ("trainable",), "with a tuner the backbone itself stays frozen")
         return self
 
 

@@ -97,14 +97,14 @@ class Adapter:
         like = next(leave.parameters())
         leave.add_module(PART, part.to(like.device, like.dtype))
         if not parallel:
-            return [leave.register_forward_hook(lambda _, __, found: found + part(found))]
+            return [leave.register_forward_hook(lambda module, _, found: found + getattr(module, PART)(found))]
         waiting: list[Tensor] = []
 
         def hold(_: nn.Module, given: tuple[Any, ...]) -> None:
             waiting[:] = [given[0]]
 
-        def add(_: nn.Module, __: tuple[Any, ...], found: Tensor) -> Tensor:
-            changed: Tensor = found + part(waiting.pop())
+        def add(module: nn.Module, _: tuple[Any, ...], found: Tensor) -> Tensor:
+            changed: Tensor = found + getattr(module, PART)(waiting.pop())  # of this module: models are copied
             return changed
 
         return [enter.register_forward_pre_hook(hold), leave.register_forward_hook(add)]
