@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from forgetcast.checks import complaint, require_choice, require_finite, require_integer, require_number
-from forgetcast.forecast.linear import forecast_linear
 from forgetcast.forecast.network.anchored import anchored_path
+from forgetcast.forecast.network.closed import closed
 from forgetcast.forecast.network.draw import draw
 from forgetcast.forecast.network.head import Network, network, probed
+from forgetcast.forecast.network.outputs import columns, renumbered, seeing
 from forgetcast.forecast.network.pilot import trained_path
-from forgetcast.forecast.network.placed import place_rows
 from forgetcast.forecast.network.plan import FORWARD, HALF_OLD, Budget, plan_anchors
-from forgetcast.forecast.network.result import NetworkForecast, Reading
+from forgetcast.forecast.network.result import NetworkForecast, Reading, read_at, read_old
 from forgetcast.forecast.network.samples import Samples, samples_of
+from forgetcast.forecast.network.start import degenerate, placed_start, pulls
 from forgetcast.forecast.network.steps import Batching
 from forgetcast.forecast.network.stock import stock
 from forgetcast.forecast.network.surrogate import Objective
@@ -26,17 +27,14 @@ from forgetcast.forecast.network.trust import Trust
 from forgetcast.forecast.network.walker import Path, Place, batching_of, follow
 from forgetcast.forecast.path import check_seen, describe
 from forgetcast.forecast.result import Cost
-from forgetcast.forecast.static import static_drift
 from forgetcast.forecast.training import SGD, AdamW, GradientDescent, Training
-from forgetcast.tangent.features import Features, check_targets
+from forgetcast.tangent.features import check_targets
 from forgetcast.tangent.inputs import tensors
 from forgetcast.tangent.jacobian import Choice, logits_of, trainable
-from forgetcast.tangent.linear_head import LinearHead
 
 Estimator = Literal["auto", "linear", "anchored", "pilot", "static"]
 ESTIMATORS: tuple[Estimator, ...] = ("auto", "linear", "anchored", "pilot", "static")
 Outputs = Callable[[Any], Tensor] | Sequence[int] | None
-SAME = 1e-6
 
 
 def forecast(
@@ -104,7 +102,7 @@ def forecast(
     require_integer("seed", seed)
     if samples_new is not None:
         require_integer("samples_new", samples_new, least=1)
-    read = logits_of if outputs is None else outputs if callable(outputs) else _columns(outputs)
+    read = logits_of if outputs is None else outputs if callable(outputs) else columns(outputs)
     chosen = trainable(model, parameters)
     old_samples, new_samples = samples_of("old", old), samples_of("new", new)
     device = next(model.parameters()).device
@@ -113,22 +111,22 @@ def forecast(
         probed(model, old_samples.at(torch.arange(min(2, len(old_samples)))).to(device), read)
     described = describe(training)
     if outputs is not None and not callable(outputs):
-        old_samples, new_samples = (_renumbered(samples, outputs) for samples in (old_samples, new_samples))
-        training = _seeing(training, outputs)
+        old_samples, new_samples = (renumbered(samples, outputs) for samples in (old_samples, new_samples))
+        training = seeing(training, outputs)
     old_samples, new_samples = _checked(net, old_samples, new_samples, training)
     with net.restored():
         phi = scores = None
         if head == "placed":
-            phi, scores = _place(net, old_samples, new_samples, training)
-        before = _read_old(net, old_samples, 0, Place(net.theta(), net.weight(), net.bias()))
+            phi, scores = placed_start(net, old_samples, new_samples, training)
+        before = read_old(net, old_samples, 0, Place(net.theta(), net.weight(), net.bias()))
         require_finite("old logits", before.logits)
         estimator = _choose(estimator, net, training)
         if estimator in ("linear", "static"):
-            return _closed(net, before, old_samples, new_samples, training, described, estimator, started)
+            return closed(net, before, old_samples, new_samples, training, described, estimator, started)
         assert isinstance(training, SGD | AdamW | GradientDescent)
         batching = batching_of(training, len(new_samples))
-        degenerate = _degenerate(net, new_samples, training)
-        look = scores is None and not degenerate and estimator == "anchored"
+        blind_start = degenerate(net, new_samples, training)
+        look = scores is None and not blind_start and estimator == "anchored"
         plan = plan_anchors(
             steps=training.steps,
             batch=round(batching.size),
@@ -142,7 +140,7 @@ def forecast(
             path, plan = _pilot(net, new_samples, training, plan, budget, len(old_samples), on_step)
         else:
             path = _anchored(net, new_samples, training, plan, phi, scores, samples_new, seed, on_step)
-        readings = (before, *(_read_at(net, old_samples, step, place) for step, place in sorted(path.places.items())))
+        readings = (before, *(read_at(net, old_samples, step, place) for step, place in sorted(path.places.items())))
         sampling = None
         if path.surrogates and not plan.exact and max(len(near) for near in path.surrogates) > 1:
             sampling = _sampling_error(net, old_samples, training, path, readings, batching)
@@ -156,7 +154,7 @@ def forecast(
         settings={"training": described, "estimator": estimator, "budget": budget, "head": head, "seed": seed},
         cost=Cost(perf_counter() - started, passes, estimator),
         estimator=estimator,
-        trust=Trust(sampling, path.surrogate_error, blind, degenerate, plan.exact, silent),
+        trust=Trust(sampling, path.surrogate_error, blind, blind_start, plan.exact, silent),
         share_of_run=plan.share,
         readings=readings,
         batching=batching,
@@ -170,48 +168,6 @@ def forecast(
 
 def _shapes(samples: Samples) -> list[tuple[int, ...]]:
     return [tuple(part.shape[1:]) for part in tensors(samples.inputs)]
-
-
-def _columns(outputs: Sequence[int]) -> Callable[[Any], Tensor]:
-    chosen = sorted({int(output) for output in outputs})
-    if not chosen or len(chosen) != len(outputs):
-        raise complaint(f"got outputs={list(outputs)}", "distinct outputs, at least one", "Leave None for all.")
-
-    def read(found: Any) -> Tensor:
-        logits: Tensor = logits_of(found)
-        if not 0 <= chosen[0] <= chosen[-1] < logits.shape[-1]:
-            raise complaint(
-                f"got outputs={list(outputs)} for a model of {logits.shape[-1]} outputs",
-                f"outputs in 0 .. {logits.shape[-1] - 1}",
-                "Grow the model's head first.",
-            )
-        return logits[:, chosen]
-
-    return read
-
-
-def _renumbered(samples: Samples, outputs: Sequence[int]) -> Samples:
-    """Labels as places among the chosen outputs."""
-    if samples.targets is None or samples.targets.ndim != 1:
-        return samples
-    chosen = torch.tensor(sorted(int(output) for output in outputs))
-    check_seen(samples.name, samples.targets, tuple(chosen.tolist()))
-    return replace(samples, targets=torch.searchsorted(chosen, samples.targets.cpu()))
-
-
-def _seeing(training: Training, outputs: Sequence[int]) -> Training:
-    """The training with its classes as places among the chosen outputs."""
-    if training.classes is None:
-        return training
-    chosen = sorted(int(output) for output in outputs)
-    strangers = sorted(set(training.classes) - set(chosen))
-    if strangers:
-        raise complaint(
-            f"got training.classes={training.classes} with outputs={list(outputs)}",
-            "classes among the outputs",
-            f"Add {strangers} to outputs, or leave them out of classes.",
-        )
-    return replace(training, classes=tuple(chosen.index(label) for label in training.classes))
 
 
 def _checked(net: Network, old: Samples, new: Samples, training: Training) -> tuple[Samples, Samples]:
@@ -256,49 +212,6 @@ def _choose(estimator: Estimator, net: Network, training: Training) -> Estimator
     return estimator
 
 
-def _place(net: Network, old: Samples, new: Samples, training: Training) -> tuple[Tensor, Tensor]:
-    """Place the new rows; the sizes of the new samples' errors afterwards."""
-    if net.head is None or "weight" not in net.of_head:
-        raise complaint(
-            "head='placed' for a model without a linear head that trains",
-            "logits that come straight from an nn.Linear with requires_grad",
-            "Leave head='as_is'.",
-        )
-    targets = new.targets
-    if targets is None or targets.ndim != 1 or (old.targets is not None and old.targets.ndim != 1):
-        raise complaint("head='placed' with targets that are no labels", "labels (n,)", "Leave head='as_is'.")
-    known = set() if old.targets is None else set(old.targets.tolist())
-    rows = sorted(set(targets.tolist()) - known)
-    phi = net.features(new.to(net.device))
-    if len(rows) > 1:
-        own = torch.isin(targets, torch.tensor(rows))
-        place_rows(net.head, phi[own.to(phi.device)], targets[own].to(phi.device), rows)
-    return phi, _errors(net, phi, targets, training)
-
-
-def _errors(net: Network, phi: Tensor, targets: Tensor, training: Training) -> Tensor:
-    """Size of d loss / d phi of each sample at the present head."""
-    weight = net.weight()
-    error = Objective(training, targets, net.outputs).error(phi @ weight.T + net.bias())
-    sizes: Tensor = (error @ weight).norm(dim=1)
-    return sizes
-
-
-def _degenerate(net: Network, new: Samples, training: Training) -> bool:
-    """Whether the head does not tell the new labels apart: their rows are equal, and the body has no tangent there.
-
-    With one new label, the rows of all outputs that the loss sees.
-    """
-    if net.head is None or not net.body or new.targets is None or new.targets.ndim != 1:
-        return False
-    named = sorted(set(new.targets.tolist()))
-    seen = range(net.outputs) if training.classes is None else training.classes
-    rows = net.weight()[named if len(named) > 1 else list(seen)]
-    size = float(net.weight().norm(dim=1).max())
-    spread = float((rows - rows[0]).norm(dim=1).max())
-    return spread <= SAME * max(size, SAME)
-
-
 def _anchored(
     net: Network,
     new: Samples,
@@ -320,7 +233,7 @@ def _anchored(
         pool = pool.at(seen)
         assert pool.targets is not None
         phi = net.features(pool.to(net.device))
-        scores = _errors(net, phi, pool.targets, training)
+        scores = pulls(net, phi, pool.targets, training)
     drawn = draw(pool.targets, len(pool), scores, seed)
     keep = not plan.exact
     held = None
@@ -355,16 +268,6 @@ def _pilot(
     return path, replace(plan, cost=new_cost + reading, new_cost=new_cost, anchors=(), looked=0, checks=0)
 
 
-def _read_old(net: Network, old: Samples, step: int, place: Place) -> Reading:
-    return Reading(step, place, net.features(old.to(net.device)))
-
-
-def _read_at(net: Network, old: Samples, step: int, place: Place) -> Reading:
-    with net.restored():
-        net.put(place.theta, place.weight, place.bias)
-        return _read_old(net, old, step, place)
-
-
 def _sampling_error(
     net: Network,
     old: Samples,
@@ -388,74 +291,5 @@ def _sampling_error(
     size = float(drift.double().norm())
     if size == 0:
         return None
-    half = _read_at(net, old.at(few), step, place).logits - before
+    half = read_at(net, old.at(few), step, place).logits - before
     return float((half - drift).double().norm()) / size
-
-
-def _closed(
-    net: Network,
-    before: Reading,
-    old: Samples,
-    new: Samples,
-    training: Training,
-    described: dict[str, Any],
-    estimator: Estimator,
-    started: float,
-) -> NetworkForecast:
-    """Forecasts in closed form: of a linear head exactly, of a network at the tangent of its start."""
-    start = before.place
-    assert new.targets is not None
-    steps = int(getattr(training, "steps", 0))
-    if estimator == "linear":
-        assert net.head is not None
-        head = LinearHead.from_module(net.head)
-        phi = Features(net.features(new.to(net.device)), new.targets, name="new")
-        made = forecast_linear(Features(before.features, old.targets, name="old"), phi, head, training)
-        after = made.head_after
-        like = start.weight
-        weight, bias = torch.as_tensor(after.weight).T.to(like), after.bias
-        place = Place(start.theta, weight, start.bias if bias is None else torch.as_tensor(bias).to(like))
-        drift, cost = made.drift, made.cost
-        trust = Trust(None, None, 0.0, False, exact=True)
-        end = Reading(steps, place, before.features)
-    else:
-        chosen = [*net.body.values(), *net.of_head.values()]
-        names = [name for name, parameter in net.model.named_parameters() if any(parameter is p for p in chosen)]
-        found = static_drift(
-            net.model,
-            old.to(net.device).inputs,
-            new.to(net.device).inputs,
-            new.targets.to(net.device),
-            training,
-            names,
-            outputs=net.read,
-        )
-        drift = found.drift
-        trust = Trust(None, None, 0.0, _degenerate(net, new, training))
-        cost = replace(found.cost, passes={**found.cost.passes, "old": found.cost.passes["old"] + 1})
-        every = dict(net.model.named_parameters())
-        with net.restored(), torch.no_grad():
-            parts = torch.split(found.delta, [every[name].numel() for name in found.names])
-            for name, part in zip(found.names, parts, strict=True):
-                every[name].add_(part.view_as(every[name]).to(every[name]))
-            end = _read_old(net, old, steps, Place(net.theta(), net.weight(), net.bias()))
-    batching = Batching(float(len(new)), len(new))
-    if isinstance(training, SGD | AdamW | GradientDescent):
-        batching = batching_of(training, len(new))
-    run = steps * batching.size
-    units = len(new) * sum([cost.passes.get("new", 0) * FORWARD])
-    return NetworkForecast(
-        drift=drift,
-        logits_before=before.logits,
-        targets=old.targets,
-        settings={"training": described, "estimator": estimator},
-        cost=Cost(perf_counter() - started, cost.passes, cost.form),
-        estimator=estimator,
-        trust=trust,
-        share_of_run=units / run if run else 0.0,
-        readings=(before, end),
-        batching=batching,
-        training=training,
-        _net=net,
-        _surrogates=(),
-    )

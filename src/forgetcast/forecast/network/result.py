@@ -12,6 +12,7 @@ from torch import Tensor
 
 from forgetcast.checks import complaint, require_integer, require_number
 from forgetcast.forecast.network.head import Network
+from forgetcast.forecast.network.samples import Samples
 from forgetcast.forecast.network.steps import Batching
 from forgetcast.forecast.network.stock import Stock
 from forgetcast.forecast.network.surrogate import Surrogate
@@ -299,3 +300,15 @@ def _varied(training: SGD | AdamW | GradientDescent, rate: float, steps: int) ->
             f"got steps={steps}", f"at most {len(training.order)}", "The order ends there: forecast a longer one."
         )
     return replace(training, learning_rate=rate, steps=steps, order=training.order[:steps])
+
+
+def read_old(net: Network, old: Samples, step: int, place: Place) -> Reading:
+    """Old features of the model as it is."""
+    return Reading(step, place, net.features(old.to(net.device)))
+
+
+def read_at(net: Network, old: Samples, step: int, place: Place) -> Reading:
+    """Old features of the model at a place; its parameters are put back."""
+    with net.restored():
+        net.put(place.theta, place.weight, place.bias)
+        return read_old(net, old, step, place)

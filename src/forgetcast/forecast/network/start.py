@@ -1,0 +1,56 @@
+"""The head at the start of a training: whether it tells the new labels apart, and its new rows placed."""
+
+import torch
+from torch import Tensor
+
+from forgetcast.checks import complaint
+from forgetcast.forecast.network.head import Network
+from forgetcast.forecast.network.placed import place_rows
+from forgetcast.forecast.network.samples import Samples
+from forgetcast.forecast.network.surrogate import Objective
+from forgetcast.forecast.training import Training
+
+SAME = 1e-6
+
+
+def degenerate(net: Network, new: Samples, training: Training) -> bool:
+    """Whether the head does not tell the new labels apart: their rows are equal, and the body has no tangent there.
+
+    With one new label, the rows of all outputs that the loss sees.
+    """
+    if net.head is None or not net.body or new.targets is None or new.targets.ndim != 1:
+        return False
+    named = sorted(set(new.targets.tolist()))
+    seen = range(net.outputs) if training.classes is None else training.classes
+    rows = net.weight()[named if len(named) > 1 else list(seen)]
+    size = float(net.weight().norm(dim=1).max())
+    spread = float((rows - rows[0]).norm(dim=1).max())
+    return spread <= SAME * max(size, SAME)
+
+
+def placed_start(net: Network, old: Samples, new: Samples, training: Training) -> tuple[Tensor, Tensor]:
+    """Place the new rows; the sizes of the new samples' errors afterwards."""
+    if net.head is None or "weight" not in net.of_head:
+        raise complaint(
+            "head='placed' for a model without a linear head that trains",
+            "logits that come straight from an nn.Linear with requires_grad",
+            "Leave head='as_is'.",
+        )
+    targets = new.targets
+    if targets is None or targets.ndim != 1 or (old.targets is not None and old.targets.ndim != 1):
+        raise complaint("head='placed' with targets that are no labels", "labels (n,)", "Leave head='as_is'.")
+    known = set() if old.targets is None else set(old.targets.tolist())
+    rows = sorted(set(targets.tolist()) - known)
+    phi = net.features(new.to(net.device))
+    if len(rows) > 1:
+        own = torch.isin(targets, torch.tensor(rows))
+        place_rows(net.head, phi[own.to(phi.device)], targets[own].to(phi.device), rows)
+    return phi, pulls(net, phi, targets, training)
+
+
+def pulls(net: Network, phi: Tensor, targets: Tensor, training: Training) -> Tensor:
+    """Size of d loss / d phi of each sample at the present head."""
+    weight = net.weight()
+    error = Objective(training, targets, net.outputs).error(phi @ weight.T + net.bias())
+    sizes: Tensor = (error @ weight).norm(dim=1)
+    return sizes
