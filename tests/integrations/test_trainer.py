@@ -40,7 +40,7 @@ def test_old_outputs_stay_under_the_callback_and_move_without_it(tmp_path):
     tuned = Adapter(rank=8).attach(model, Anatomy((Block("block", "block.0", "block.2"),)))
     nn.init.normal_(tuned.parameters()[1], std=0.1)
     old = torch.utils.data.default_collate(samples(0, 5))
-    projection = Projection(tuned.sites()).after(model, [old], lambda found, batch: found(**batch))
+    projection = Projection(tuned.sites(), threshold=1.0).after(model, [old], lambda found, batch: found(**batch))
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path),
         max_steps=30,

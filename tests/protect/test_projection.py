@@ -79,7 +79,7 @@ def test_two_old_tasks_keep_every_blocks_outputs(optimizer, clip, bias):
     model = Stages()
     tuned = Adapter(rank=20, bias=bias).attach(model, PARTS)
     learn(model, tuned.parameters(), task(1), optimizer)
-    projection = Projection(tuned.sites()).after(model, [task(1)])
+    projection = Projection(tuned.sites(), threshold=1.0).after(model, [task(1)])
     first = outputs(model, task(1))
     learn(model, tuned.parameters(), task(2), optimizer, projection, clip=clip)
     assert moved(model, task(1), first) < 1e-5
@@ -102,7 +102,7 @@ def leak(optimizer: str, target: str) -> float:
     layer = nn.Linear(WIDTH, 7, bias=False).double()
     site = linear_site("layer", layer)
     old = task(1).double()
-    projection = Projection((site,)).after(layer, [old])
+    projection = Projection((site,), threshold=1.0).after(layer, [old])
     start = layer.weight.detach().clone()
     made = OPTIMIZERS[optimizer](layer.parameters())
     draw = torch.Generator().manual_seed(3)
@@ -128,7 +128,7 @@ def test_strength_slows_old_directions():
     layer = nn.Linear(WIDTH, 4, bias=False).double()
     old, update = task(1).double(), task(2, 4).double()[None]
     site = linear_site("layer", layer)
-    projection = Projection((site,), strength=0.7).after(layer, [old])
+    projection = Projection((site,), threshold=1.0, strength=0.7).after(layer, [old])
     found = projection.projected(site, update)
     basis = torch.linalg.qr(old.T).Q
     assert torch.allclose(found @ basis, 0.3 * update @ basis)
@@ -143,7 +143,7 @@ def test_sites_with_rows_on_the_left_and_blocks_of_their_own():
     space = linear_site("layer", layer).right
     assert space is not None
     left = type(space)("rows", 6, 3, lambda seen: Once(seen, rows))
-    projection = Projection((Site(("p",), (parameter,), blocks=3, left=left),)).after(layer, [rows[0]])
+    projection = Projection((Site(("p",), (parameter,), blocks=3, left=left),), threshold=1.0).after(layer, [rows[0]])
     update = projection.projected(projection.sites[0], torch.randn(3, 6, 4, dtype=torch.float64))
     assert float((rows @ update).abs().max()) < 1e-12
     assert float(update.norm()) > 1
@@ -171,7 +171,7 @@ def test_exhausted_sites_are_named_and_stand_still():
     old = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
     for strength, moves in ((1.0, False), (0.9, True)):
         with pytest.warns(UserWarning, match=r"1 of 1 spaces have less than 10% .* up 0 of 5"):
-            projection = Projection((site,), strength=strength).after(layer, [old])
+            projection = Projection((site,), threshold=1.0, strength=strength).after(layer, [old])
         assert projection.table().iloc[0].tolist() == ["up", 5, 5, 0]
         made = torch.optim.Adam(layer.parameters(), lr=0.01)
         with protect(made, projection):
@@ -184,19 +184,45 @@ def test_exhausted_sites_are_named_and_stand_still():
 
 def test_state_is_taken_over_and_foreign_state_refused():
     layer, other = nn.Linear(6, 3, bias=False), nn.Linear(7, 3, bias=False)
-    projection = Projection((linear_site("layer", layer),)).after(layer, [torch.randn(2, 6)])
-    again = Projection(projection.sites).with_state(projection.state_dict())
+    projection = Projection((linear_site("layer", layer),), threshold=1.0).after(layer, [torch.randn(2, 6)])
+    again = Projection(projection.sites, threshold=1.0).with_state(projection.state_dict())
     update = torch.randn(1, 3, 6)
     assert torch.equal(again.projected(again.sites[0], update), projection.projected(projection.sites[0], update))
     with pytest.raises(ValueError, match=r"bases of layer of shape .* 1 of 7 rows"):
-        Projection((linear_site("layer", other),)).with_state(projection.state_dict())
+        Projection((linear_site("layer", other),), threshold=1.0).with_state(projection.state_dict())
+    held = projection.state_dict()
     with pytest.raises(ValueError, match="which no site has"):
-        Projection((linear_site("another", layer),)).with_state(projection.state_dict())
+        again.with_state(held | {"another/0": held["layer/0"]})
+    for wrong in ({}, {"layer/0": 2 * held["layer/0"]}, {"layer/0": torch.randn(6, 9)}):
+        with pytest.raises(ValueError, match="with orthonormal columns"):
+            again.with_state(wrong)
+
+
+def test_a_parameter_at_two_sites_is_refused():
+    one, other = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
+    other.weight = one.weight
+    with pytest.raises(ValueError, match="one parameter as one.weight and as other.weight"):
+        Projection((linear_site("one", one), linear_site("other", other)))
+
+
+def test_one_projection_an_optimiser_and_no_closure_for_gradients():
+    layer = nn.Linear(6, 3, bias=False)
+    projection = Projection((linear_site("layer", layer),), threshold=1.0).after(layer, [torch.randn(2, 6)])
+    made = torch.optim.SGD(layer.parameters(), lr=0.1)
+    with (
+        protect(made, projection),
+        pytest.raises(ValueError, match="protected already"),
+        protect(made, projection),
+    ):
+        pass
+    layer(torch.randn(2, 6)).sum().backward()
+    with protect(made, projection, "gradient"), pytest.raises(ValueError, match="a step with a closure"):
+        made.step(lambda: layer(torch.ones(1, 6)).sum())
 
 
 def test_bad_input_is_refused():
     layer = nn.Linear(6, 3)
-    projection = Projection((linear_site("layer", layer),))
+    projection = Projection((linear_site("layer", layer),), threshold=1.0)
     foreign = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
     with pytest.raises(ValueError, match="none of the projected parameters"), protect(foreign, projection):
         pass
@@ -214,7 +240,7 @@ def test_bad_input_is_refused():
 def test_hooks_go_when_the_context_ends_also_by_an_error():
     layer = nn.Linear(6, 3, bias=False)
     old = torch.randn(2, 6)
-    projection = Projection((linear_site("layer", layer),)).after(layer, [old])
+    projection = Projection((linear_site("layer", layer),), threshold=1.0).after(layer, [old])
     made = torch.optim.SGD(layer.parameters(), lr=0.1)
     with pytest.raises(RuntimeError, match="by the user"), protect(made, projection):
         raise RuntimeError("by the user")

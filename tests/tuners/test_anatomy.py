@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
-from tuned_models import KINDS, LAYERS, WIDTH, small
+from tuned_models import KINDS, LAYERS, WIDTH, small  # noqa: E402
 
-from forgetcast.tuners.adapter import Adapter
-from forgetcast.tuners.anatomy import Anatomy, Block, anatomy, widths
+# noqa: E402
+from forgetcast.tuners.adapter import Adapter  # noqa: E402
+from forgetcast.tuners.anatomy import Anatomy, Block, anatomy, widths  # noqa: E402
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -49,8 +50,25 @@ def test_a_model_of_ones_own_is_described_by_hand():
     tuned = Adapter(rank=2, layers=[0, -1]).attach(model, parts)
     assert torch.equal(model(x), before)
     assert [name.split(".")[1] for name in tuned.named_parameters()] == ["0", "0", "2", "2"]
-    with pytest.raises(ValueError, match=r"adapters in \['stages.0', 'stages.2'\] already"):
+    with pytest.raises(ValueError, match="a model with a tuner in place"):
         Adapter(rank=2, layers=[0, -1]).attach(model, parts)
+    tuned.detach()
+    shared = Anatomy((parts.blocks[0], Block("again", "stages.0.0", "stages.0.2")))
+    with pytest.raises(ValueError, match="blocks that are one module"):
+        Adapter().attach(model, shared)
+    broken = Anatomy((parts.blocks[0], Block("stages.1", "stages.1.0", "stages.1.1")))
+    names = [name for name, _ in model.named_parameters()]
+    with pytest.raises(ValueError, match="the widths of a Tanh"):
+        Adapter().attach(model, broken)
+    assert [name for name, _ in model.named_parameters()] == names
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_attention_to_another_sequence_is_no_feed_forward_network():
+    config = transformers.GPT2Config(n_embd=24, n_layer=2, n_head=2, add_cross_attention=True, vocab_size=50)
+    config.bos_token_id = config.eos_token_id = 0
+    block = anatomy(transformers.GPT2Model(config)).blocks[1]
+    assert (block.enter, block.leave) == ("h.1.mlp.c_fc", "h.1.mlp.c_proj")
 
 
 @pytest.mark.parametrize("layers", [[], [3], [-4], [0, 0], [0, -3]])

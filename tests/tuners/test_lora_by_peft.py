@@ -10,6 +10,7 @@ pytest.importorskip("transformers")
 from test_tuners import trained  # noqa: E402
 from tuned_models import hidden, inputs, small  # noqa: E402
 
+from forgetcast.tuners.anatomy import anatomy  # noqa: E402
 from forgetcast.tuners.lora import LoRA, lora_sites  # noqa: E402
 
 # peft asks transformers for a property that has been renamed
@@ -68,7 +69,22 @@ def test_sites_of_a_users_own_peft_model():
 def test_a_second_pair_or_a_missing_part_is_refused():
     model = small("fused")
     LoRA(rank=2).attach(model)
-    with pytest.raises(ValueError, match="a model with LoRA in place"):
+    with pytest.raises(ValueError, match="a model with a tuner in place"):
         LoRA(rank=2).attach(model)
     with pytest.raises(ValueError, match="has no fused"):
         LoRA(rank=2, targets=("fused",)).attach(small("bert"))
+
+
+def test_only_the_chosen_blocks_are_tuned():
+    """Not those of a second model inside, whose names end alike."""
+    model = small("fused")
+    model.teacher = small("fused")
+    tuned = LoRA(rank=2, layers=[0]).attach(model, anatomy(small("fused")))
+    assert {name.split(".lora")[0] for name in tuned.named_parameters()} == {"blocks.0.attn.qkv"}
+
+
+@RENAMED
+def test_what_trains_beside_lora_is_refused():
+    config = peft.LoraConfig(r=2, target_modules=["query"], bias="lora_only")
+    with pytest.raises(ValueError, match=r"trains its own \['bias'\] beside LoRA"):
+        lora_sites(peft.get_peft_model(small("bert"), config))

@@ -51,7 +51,9 @@ def test_old_hidden_states_stay(kind, name):
     learn(model, tuned.parameters(), kind, 2, None)
     with torch.no_grad():
         before = states(model, kind, 1)
-    projection = Projection(tuned.sites()).after(model, [batch(kind, 1)], lambda found, given: found(**given))
+    projection = Projection(tuned.sites(), threshold=1.0).after(
+        model, [batch(kind, 1)], lambda found, given: found(**given)
+    )
     start = {key: value.clone() for key, value in tuned.state().items()}
 
     def moved() -> list[float]:

@@ -105,16 +105,31 @@ def test_saved_and_loaded(kind, name, tmp_path):
         other.load(tmp_path / "nowhere")
 
 
-def test_a_state_of_another_tuner_changes_nothing(tmp_path):
+def test_parameters_of_another_tuner_change_nothing(tmp_path):
     tuned = Adapter(rank=3).attach(small("vit"))
     tuned.save(tmp_path)
-    other = Adapter(rank=4).attach(small("vit"))
-    before = {key: value.clone() for key, value in other.state().items()}
+    for options in (Adapter(rank=4), Adapter(rank=3, scale=2.0)):
+        other = options.attach(small("vit"))
+        before = {key: value.clone() for key, value in other.state().items()}
+        with pytest.raises(ValueError, match=r"holds Adapter\(rank=3.*expected Adapter"):
+            other.load(tmp_path)
+        assert all(torch.equal(value, before[key]) for key, value in other.state().items())
     with pytest.raises(ValueError, match=r"differs in .*expected the 4 parameters"):
-        other.load(tmp_path)
-    assert all(torch.equal(value, before[key]) for key, value in other.state().items())
+        tuned.load_state({})
     with pytest.raises(ValueError, match="merging a TunedByAdapters"):
-        other.merge()
+        tuned.merge()
+
+
+def test_what_trained_before_trains_again_and_a_second_tuner_is_refused():
+    model = small("vit")
+    model.layernorm.requires_grad_(False)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for options in TUNERS.values():
+        tuned = options.attach(model)
+        with pytest.raises(ValueError, match="a model with a tuner in place"):
+            Adapter().attach(model)
+        tuned.detach()
+        assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained
 
 
 @pytest.mark.parametrize("name", ["parallel adapter", "sequential adapter"])

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
+from weakref import WeakSet
 
 import pandas as pd
 import torch
@@ -26,6 +27,8 @@ from forgetcast.tuners.base import Site, Space
 
 FEW = 0.1
 """Share of free directions under which a site is said to be nearly exhausted."""
+GUARDED: "WeakSet[Optimizer]" = WeakSet()
+"""Optimisers under `protect`: two projections one after the other keep neither's promise."""
 Target = Literal["step", "gradient"]
 TARGETS: tuple[Target, ...] = ("step", "gradient")
 
@@ -37,7 +40,8 @@ class Projection:
     Attributes:
         sites: of the tuner.
         known: basis of each space, by its name; empty before the first task.
-        threshold: epsilon, the share of each task's energy that is protected.
+        threshold: epsilon, the share of each task's energy that is protected; 1 forbids all that can be told from
+            rounding, which on real data is every direction there is.
         strength: rho: 1 forbids the old directions, less slows steps along them.
         energy: what epsilon is a share of.
 
@@ -48,7 +52,7 @@ class Projection:
         >>> layer = torch.nn.Linear(8, 3, bias=False)
         >>> old = torch.randn(4, 8)
         >>> before = layer(old).detach()
-        >>> projection = fc.Projection((linear_site("layer", layer),)).after(layer, [old])
+        >>> projection = fc.Projection((linear_site("layer", layer),), threshold=1.0).after(layer, [old])
         >>> optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
         >>> with fc.protect(optimizer, projection):
         ...     for _ in range(10):
@@ -61,13 +65,23 @@ class Projection:
 
     sites: tuple[Site, ...]
     known: Mapping[str, Basis] | None = None
-    threshold: float = 1.0
+    threshold: float = 0.95
     strength: float = 1.0
     energy: Energy = "sigma2"
 
     def __post_init__(self) -> None:
         require_number("threshold", self.threshold, most=1.0, strict=True)
         require_number("strength", self.strength, most=1.0)
+        owners: dict[int, str] = {}
+        for site in self.sites:
+            for name, parameter in zip(site.names, site.parameters, strict=True):
+                if id(parameter) in owners:
+                    raise complaint(
+                        f"one parameter as {owners[id(parameter)]} and as {name}",
+                        "parameters that act at one site each",
+                        "Untie them: what each site forbids alone does not protect both.",
+                    )
+                owners[id(parameter)] = name
 
     def after(
         self,
@@ -100,7 +114,7 @@ class Projection:
         return replace(self, known=grown)
 
     def projected(self, site: Site, update: Float[Tensor, "k a b"]) -> Float[Tensor, "k a b"]:
-        """The part of an update that is allowed. Cost: 4 a b r flops with r directions, or as many are free."""
+        """The part of an update that is allowed. Cost: 4 a b r flops with r directions."""
         for space, transposed in ((site.right, False), (site.left, True)):
             basis = None if space is None or not self.known else self.known.get(space.name)
             if basis is None:
@@ -121,7 +135,7 @@ class Projection:
     def state_dict(self) -> dict[str, Tensor]:
         """The bases, by space and block."""
         return {
-            f"{name}/{k}": block
+            f"{name}/{k}": block.contiguous()
             for name, basis in (self.known or {}).items()
             for k, block in enumerate(basis.directions)
         }
@@ -130,20 +144,19 @@ class Projection:
         """With bases that `state_dict` gave.
 
         Raises:
-            ValueError: spaces or widths that the sites do not have.
+            ValueError: spaces or widths that the sites do not have, or bases that are none.
         """
         known = {}
         for space in self._spaces():
             names = [f"{space.name}/{k}" for k in range(space.blocks)]
-            blocks = [state[name] for name in names if name in state]
-            if blocks and (len(blocks) < len(names) or any(block.shape[0] != space.width for block in blocks)):
+            blocks = [state[name].double().cpu() for name in names if name in state]
+            if len(blocks) < len(names) or not all(_orthonormal(block, space.width) for block in blocks):
                 raise complaint(
                     f"bases of {space.name} of shape {[tuple(block.shape) for block in blocks]}",
-                    f"{space.blocks} of {space.width} rows",
+                    f"{space.blocks} of {space.width} rows, with orthonormal columns",
                     "Load the state into the tuner that it was saved with.",
                 )
-            if blocks:
-                known[space.name] = Basis(tuple(block.double() for block in blocks), space.width)
+            known[space.name] = Basis(tuple(blocks), space.width)
         strangers = set(state) - {f"{name}/{k}" for name, basis in known.items() for k in range(len(basis.directions))}
         if strangers:
             raise complaint(
@@ -175,18 +188,26 @@ def protect(optimizer: Optimizer, projection: Projection, target: Target = "step
     Cost: a copy of the projected parameters and 4 a b r flops a site and step.
     """
     require_choice("target", target, TARGETS)
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # of accelerate's wrapper the one that steps
+    if optimizer in GUARDED:
+        raise complaint(
+            "an optimiser that is protected already", "one projection", "Stack tasks with Projection.after."
+        )
     sites = _of(optimizer, projection.sites)
     before: dict[Site, Tensor] = {}
 
-    def start(*_: Any) -> None:
+    def start(_: Optimizer, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if target == "gradient" and (named.get("closure") or any(map(callable, given[1:]))):
+            raise complaint("a step with a closure", "target='step'", "A closure makes gradients anew inside the step.")
         for site in sites:
             if target == "step":
                 before[site] = site.matrix([parameter.detach() for parameter in site.parameters]).clone()
-            elif all(parameter.grad is not None for parameter in site.parameters):
-                gradients = [parameter.grad for parameter in site.parameters if parameter.grad is not None]
-                allowed = projection.projected(site, site.matrix(gradients))
-                for gradient, part in zip(gradients, site.split(allowed), strict=True):
-                    gradient.copy_(part)
+            elif any(parameter.grad is not None for parameter in site.parameters):
+                for parameter in site.parameters:
+                    parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                allowed = projection.projected(site, site.matrix([_gradient(one) for one in site.parameters]))
+                for parameter, part in zip(site.parameters, site.split(allowed), strict=True):
+                    _gradient(parameter).copy_(part)
 
     def end(*_: Any) -> None:
         for site, matrix in before.items():
@@ -196,12 +217,26 @@ def protect(optimizer: Optimizer, projection: Projection, target: Target = "step
                 parameter.data.copy_(part)
         before.clear()
 
+    GUARDED.add(optimizer)
     handles = (optimizer.register_step_pre_hook(start), optimizer.register_step_post_hook(end))
     try:
         yield
     finally:
+        GUARDED.discard(optimizer)
         for handle in handles:
             handle.remove()
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+def _orthonormal(block: Tensor, width: int) -> bool:
+    if block.ndim != 2 or block.shape[0] != width or block.shape[1] > width:
+        return False
+    gram = block.T @ block
+    return bool(torch.allclose(gram, torch.eye(len(gram), dtype=gram.dtype), atol=1e-6))
 
 
 def _of(optimizer: Optimizer, sites: Sequence[Site]) -> list[Site]:

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from forgetcast.checks import complaint, require_choice, require_finite, require_number
+from forgetcast.protect.parameters import evaluating
 from forgetcast.tuners.base import Site, Space
 
 Energy = Literal["sigma2", "sigma4"]
@@ -56,16 +57,12 @@ def moments_of(
 
         return seen
 
-    spaces, training = list(spaces), model.training
-    model.eval()
-    try:
-        with ExitStack() as stack, torch.no_grad():
-            for space in spaces:
-                stack.enter_context(space.watch(gather(space)))
-            for batch in batches:
-                forward(model, batch)
-    finally:
-        model.train(training)
+    spaces = list(spaces)
+    with ExitStack() as stack, torch.no_grad(), evaluating(model):
+        for space in spaces:
+            stack.enter_context(space.watch(gather(space)))
+        for batch in batches:
+            forward(model, batch)
     silent = [space.name for space in spaces if space not in found]
     if silent:
         raise complaint(

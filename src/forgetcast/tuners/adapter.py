@@ -9,8 +9,9 @@ inputs with a 1 at their end.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any, Literal
 
 from jaxtyping import Float
@@ -19,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from forgetcast.checks import complaint, require_choice, require_integer, require_number
 from forgetcast.tuners.anatomy import Anatomy, Block, anatomy, widths
-from forgetcast.tuners.base import Site, Tuned, freeze, linear_site
+from forgetcast.tuners.base import Site, Tuned, freeze, linear_site, require_untuned
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}
 PART = "adapter"
@@ -82,40 +83,75 @@ class Adapter:
         Raises:
             ValueError: a layer that has an adapter already; a model whose blocks cannot be found.
         """
+        require_untuned(model)
         blocks = (anatomy(model) if parts is None else parts).layers(self.layers)
-        taken = [block.name for block in blocks if hasattr(model.get_submodule(block.leave), PART)]
-        if taken:
-            raise complaint(f"adapters in {taken} already", "a model without", "Detach them first.")
-        freeze(model)
-        return TunedByAdapters(model, self, [(block, self._put(model, block)) for block in blocks])
+        made = [self._made(model, block) for block in blocks]
+        if len({id(model.get_submodule(block.leave)) for block in blocks}) < len(blocks):
+            raise complaint(
+                "blocks that are one module", "blocks of their own", "Name each shared block once in layers."
+            )
+        trained = freeze(model)
+        return TunedByAdapters(
+            model,
+            self,
+            trained,
+            [(block, self._put(model, block, part)) for block, part in zip(blocks, made, strict=True)],
+        )
 
-    def _put(self, model: nn.Module, block: Block) -> list[RemovableHandle]:
+    def _made(self, model: nn.Module, block: Block) -> Bottleneck:
+        width, out = widths(model.get_submodule(block.enter))[0], widths(model.get_submodule(block.leave))[1]
+        given = width if self.place == "parallel" else out
+        like = next(model.get_submodule(block.leave).parameters())
+        part = Bottleneck(given, out, self.rank, self.activation, self.scale, self.bias)
+        return part.to(like.device, like.dtype)
+
+    def _put(self, model: nn.Module, block: Block, part: Bottleneck) -> list[RemovableHandle]:
         enter, leave = model.get_submodule(block.enter), model.get_submodule(block.leave)
-        width, out = widths(enter)[0], widths(leave)[1]
-        parallel = self.place == "parallel"
-        part = Bottleneck(width if parallel else out, out, self.rank, self.activation, self.scale, self.bias)
-        like = next(leave.parameters())
-        leave.add_module(PART, part.to(like.device, like.dtype))
-        if not parallel:
-            return [leave.register_forward_hook(lambda module, _, found: found + getattr(module, PART)(found))]
-        waiting: list[Tensor] = []
+        leave.add_module(PART, part)
+        if self.place == "sequential":
+            return [leave.register_forward_hook(_behind)]
+        beside = Beside()
+        return [enter.register_forward_pre_hook(beside.hold), leave.register_forward_hook(beside.add)]
 
-        def hold(_: nn.Module, given: tuple[Any, ...]) -> None:
-            waiting[:] = [given[0]]
 
-        def add(module: nn.Module, _: tuple[Any, ...], found: Tensor) -> Tensor:
-            changed: Tensor = found + getattr(module, PART)(waiting.pop())  # of this module: models are copied
-            return changed
+def _behind(module: nn.Module, _: tuple[Any, ...], found: Tensor) -> Tensor:
+    changed: Tensor = found + getattr(module, PART)(found)
+    return changed
 
-        return [enter.register_forward_pre_hook(hold), leave.register_forward_hook(add)]
+
+class Beside:
+    """Takes the input of a feed-forward network to its adapter; each thread its own, and each copy of the model."""
+
+    def __init__(self) -> None:
+        self.held: dict[int, Tensor] = {}
+
+    def hold(self, _: nn.Module, given: tuple[Any, ...]) -> None:
+        """Before the network."""
+        if not given:
+            raise complaint(
+                "a feed-forward network that is called with names alone",
+                "its input by place",
+                "Use place='sequential'.",
+            )
+        self.held[get_ident()] = given[0]
+
+    def add(self, module: nn.Module, _: tuple[Any, ...], found: Tensor) -> Tensor:
+        """Behind it."""
+        changed: Tensor = found + getattr(module, PART)(self.held.pop(get_ident()))
+        return changed
 
 
 class TunedByAdapters(Tuned):
     """A model with adapters in place."""
 
-    def __init__(self, model: nn.Module, options: Adapter, placed: list[tuple[Block, list[RemovableHandle]]]) -> None:
-        super().__init__(model)
-        self.options = options
+    def __init__(
+        self,
+        model: nn.Module,
+        options: Adapter,
+        trained: Mapping[str, bool],
+        placed: list[tuple[Block, list[RemovableHandle]]],
+    ) -> None:
+        super().__init__(model, options, trained)
         self.placed = placed
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
@@ -141,7 +177,7 @@ class TunedByAdapters(Tuned):
                 handle.remove()
             delattr(self.model.get_submodule(block.leave), PART)
         self.placed = []
-        return self.model
+        return self.thawed()
 
     def _part(self, block: Block) -> Bottleneck:
         part = self.model.get_submodule(f"{block.leave}.{PART}")

@@ -125,11 +125,18 @@ def _block(name: str, block: nn.Module) -> Block:
     inside: list[str] = []
     outside: list[str] = []
     for place, _ in _linears(block):
-        (inside if place.split(".")[0] in attentions else outside).append(place)
-    if not outside or not inside:
+        child = place.split(".")[0]
+        if child in attentions:
+            inside.append(place)
+        elif "attn" not in child.lower() and "attention" not in child.lower():  # attention to another sequence
+            outside.append(place)
+    sides = (
+        [widths(block.get_submodule(place))[k] for k, place in enumerate((outside[0], outside[-1]))] if outside else []
+    )
+    if not inside or len(set(sides)) != 1:
         raise complaint(
             f"the block {name!r} has the linear layers {inside + outside}",
-            "some in its attention and some in its feed-forward network",
+            "some in its attention, and others that begin and end one feed-forward network of equal widths",
             "Give anatomy=Anatomy((Block(...), ...)) with the names of its parts.",
         )
 

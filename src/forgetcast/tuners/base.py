@@ -7,10 +7,11 @@ not ask which tuner made them.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -76,8 +77,11 @@ class Site:
 class Tuned(ABC):
     """A model with a tuner in place. Its parts train; everything else is frozen."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, options: Any, trained: Mapping[str, bool]) -> None:
+        """With the options of the tuner, and which parameters of the model trained before."""
         self.model = model
+        self.options = options
+        self.trained = dict(trained)
 
     @abstractmethod
     def named_parameters(self) -> dict[str, nn.Parameter]:
@@ -103,6 +107,12 @@ class Tuned(ABC):
             "Keep it in place, or save it beside the model.",
         )
 
+    def thawed(self) -> nn.Module:
+        """The model, in which the parameters train again that did before."""
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(self.trained.get(name, parameter.requires_grad))
+        return self.model
+
     def parameters(self) -> list[nn.Parameter]:
         """The tuner's parameters."""
         return list(self.named_parameters().values())
@@ -117,7 +127,7 @@ class Tuned(ABC):
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / f"{TUNER_FILE}.part"
         state = {name: value.contiguous() for name, value in self.state().items()}
-        save_file(state, part, metadata={"tuner": type(self).__name__})
+        save_file(state, part, metadata={"tuner": repr(self.options)})
         part.replace(folder / TUNER_FILE)
 
     def load(self, folder: str | Path) -> None:
@@ -132,8 +142,8 @@ class Tuned(ABC):
         with safe_open(path, framework="pt") as file:
             kind = (file.metadata() or {}).get("tuner")
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        if kind != type(self).__name__:
-            raise complaint(f"{path} holds a {kind}", f"a {type(self).__name__}", "Attach the tuner that was saved.")
+        if kind != repr(self.options):
+            raise complaint(f"{path} holds {kind}", f"{self.options!r}", "Attach the tuner that was saved.")
         self.load_state(state)
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -178,10 +188,26 @@ def linear_site(model_name: str, module: nn.Linear) -> Site:
     held = {
         f"{model_name}.{name}": value for name, value in module.named_parameters(recurse=False) if value.requires_grad
     }
+    if f"{model_name}.weight" not in held:
+        raise complaint(
+            f"{model_name} trains {sorted(held) or 'nothing'}",
+            "a weight that trains",
+            "Freeze its bias, or let both train.",
+        )
     rows = inputs_of(module, model_name, module.in_features, constant=len(held) > 1)
     return Site(tuple(held), tuple(held.values()), right=rows)
 
 
-def freeze(model: nn.Module) -> None:
-    """No parameter of the model trains."""
+def freeze(model: nn.Module) -> dict[str, bool]:
+    """No parameter of the model trains any more; returns which did."""
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.requires_grad_(False)
+    return trained
+
+
+def require_untuned(model: nn.Module) -> None:
+    """Raise if the model holds parts of a tuner already: two would freeze each other."""
+    marks = (".adapter.down.", ".lora_")
+    tuned = [name for name, _ in model.named_parameters() if any(mark in f".{name}" for mark in marks)]
+    if tuned:
+        raise complaint(f"a model with a tuner in place ({tuned[0]})", "one without", "Detach or merge it first.")

@@ -6,7 +6,8 @@ An update of A acts on the layer's inputs x, one of B on A x: both on the right 
 """
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import nn
 
 from forgetcast.checks import complaint, require_choice, require_integer, require_number
 from forgetcast.tuners.anatomy import Anatomy, Block, anatomy
-from forgetcast.tuners.base import Site, Tuned, freeze, linear_site
+from forgetcast.tuners.base import Site, Tuned, freeze, linear_site, require_untuned
 
 ADAPTER = "default"
 TARGETS = ("query", "key", "value", "fused", "enter", "leave")
@@ -62,17 +63,20 @@ class LoRA:
             ValueError: a model that has LoRA already, or lacks a target.
         """
         peft = _peft()
-        if any(isinstance(part, peft.tuners.lora.LoraLayer) for part in model.modules()):
-            raise complaint("a model with LoRA in place", "one without", "Detach or merge it first.")
+        require_untuned(model)
         blocks = (anatomy(model) if parts is None else parts).layers(self.layers)
         names = sorted({name for block in blocks for name in self._names(block)})
         alpha = 2 * self.rank if self.alpha is None else self.alpha
         transposed = any(type(model.get_submodule(name)).__name__ == "Conv1D" for name in names)
         config = peft.LoraConfig(
-            r=self.rank, lora_alpha=alpha, lora_dropout=self.dropout, target_modules=names, fan_in_fan_out=transposed
+            r=self.rank,
+            lora_alpha=alpha,
+            lora_dropout=self.dropout,
+            target_modules="|".join(map(re.escape, names)),  # of a list peft would match the ends of names
+            fan_in_fan_out=transposed,
         )
-        freeze(model)
-        return TunedByLoRA(peft.tuners.lora.LoraModel(model, {ADAPTER: config}, ADAPTER))
+        trained = freeze(model)
+        return TunedByLoRA(peft.tuners.lora.LoraModel(model, {ADAPTER: config}, ADAPTER), self, trained)
 
     def _names(self, block: Block) -> list[str]:
         found = []
@@ -87,8 +91,8 @@ class LoRA:
 class TunedByLoRA(Tuned):
     """A model with LoRA in place."""
 
-    def __init__(self, wrapper: Any) -> None:
-        super().__init__(wrapper.model)
+    def __init__(self, wrapper: Any, options: LoRA, trained: Mapping[str, bool]) -> None:
+        super().__init__(wrapper.model, options, trained)
         self.wrapper = wrapper
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
@@ -101,13 +105,13 @@ class TunedByLoRA(Tuned):
 
     def detach(self) -> nn.Module:
         """Take the pairs out again."""
-        model: nn.Module = self.wrapper.unload()
-        return model
+        self.wrapper.unload()
+        return self.thawed()
 
     def merge(self) -> nn.Module:
         """Add each (alpha / r) B A to the weight of its layer, and take the pairs out."""
-        model: nn.Module = self.wrapper.merge_and_unload()
-        return model
+        self.wrapper.merge_and_unload()
+        return self.thawed()
 
     def save(self, folder: str | Path) -> None:
         """Write what `peft.PeftModel.from_pretrained(model, folder)` reads: safetensors and its settings as JSON."""
@@ -138,8 +142,8 @@ class TunedByLoRA(Tuned):
         path = folder / "adapter_config.json"
         saved = json.loads(path.read_text()) if path.exists() else {}
         own = self.wrapper.peft_config[ADAPTER]
-        for key in ("lora_alpha", "use_rslora"):
-            if key in saved and saved[key] != getattr(own, key):
+        for key in ("lora_alpha", "use_rslora", "alpha_pattern", "rank_pattern", "use_dora"):
+            if saved.get(key, getattr(own, key)) != getattr(own, key):
                 raise complaint(
                     f"LoRA saved with {key}={saved[key]} for a model with {getattr(own, key)}",
                     "the same scale of the added map",
@@ -162,6 +166,11 @@ def lora_sites(model: nn.Module) -> tuple[Site, ...]:
     for name, layer in model.named_modules():
         if not isinstance(layer, layer_type):
             continue
+        besides = [key for key, value in layer.get_base_layer().named_parameters() if value.requires_grad]
+        if besides:
+            raise complaint(
+                f"{name} trains its own {besides} beside LoRA", "a frozen layer", "Leave bias='none' in LoraConfig."
+            )
         for factor in ("lora_A", "lora_B"):
             for adapter, part in getattr(layer, factor).items():
                 if not part.weight.requires_grad:
