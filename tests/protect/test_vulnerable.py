@@ -67,7 +67,7 @@ def test_an_output_to_come_is_moved_by_its_own_row_alone():
 
 
 def test_an_eigensolver_that_stops_short_says_so(monkeypatch):
-    import forgetcast.protect.vulnerable as module
+    from forgetcast.protect import vulnerable as module
 
     solver = module.leading_modes
     monkeypatch.setattr(module, "leading_modes", lambda *given, **named: solver(*given, **named, most=2))

@@ -8,7 +8,6 @@ transformers = pytest.importorskip("transformers")
 
 from tuned_models import KINDS, LAYERS, WIDTH, small  # noqa: E402
 
-# noqa: E402
 from forgetcast.tuners.adapter import Adapter  # noqa: E402
 from forgetcast.tuners.anatomy import Anatomy, Block, anatomy, widths  # noqa: E402
 

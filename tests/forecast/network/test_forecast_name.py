@@ -8,6 +8,7 @@ import pytest
 import forgetcast as fc
 from forgetcast.forecast import filters
 from forgetcast.forecast.network import entry
+from forgetcast.protect import projection
 
 LIGHT = "import sys, forgetcast as fc; assert not {'torch', 'numpy', 'pandas'} & set(sys.modules)"
 FUNCTION_FIRST = f"""
@@ -26,6 +27,8 @@ from forgetcast.forecast.training import SGD
 from forgetcast.forecast.network.entry import forecast
 import forgetcast as fc
 assert fc.forecast is forecast and fc.SGD is SGD
+from forgetcast.protect.projection import protect
+assert fc.protect is protect
 assert importlib.reload(sys.modules["forgetcast.forecast"]).__path__
 assert fc.forecast is forecast
 """
@@ -38,5 +41,6 @@ def test_neither_hides_the_other(code):
 
 def test_here():
     assert fc.forecast is entry.forecast
+    assert fc.protect is projection.protect
     assert filters.__name__ == "forgetcast.forecast.filters"
     assert {"forecast", "NetworkForecast", "Frontier", "Trust", "place_rows"} <= set(fc.__all__)
