@@ -1,5 +1,6 @@
 """Forecasts of networks in closed form: of a linear head exactly, of a network at the tangent of its start."""
 
+from dataclasses import replace
 from time import perf_counter
 from typing import Any, Literal
 
