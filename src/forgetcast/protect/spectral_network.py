@@ -50,7 +50,7 @@ class HeldProbes:
         outputs: the c outputs seen when the task ended.
     """
 
-    inputs: Float[Tensor, "n *shape"]
+    inputs: Float[Tensor, " n *shape"]
     patterns: Float[Tensor, "k n c"]
     reference: Float[Tensor, "n c"]
     later: Float[Tensor, "m n"]

@@ -26,7 +26,7 @@ DENSE = 1500
 """Up to that many outputs on all probes, all eigenvectors of a kernel are found in a few seconds."""
 
 
-def balanced_probes(task: TaskData, count: int, seed: int = 0) -> Float[Tensor, "n *shape"]:
+def balanced_probes(task: TaskData, count: int, seed: int = 0) -> Float[Tensor, " n *shape"]:
     """Inputs of up to `count` training samples, as equally many of each label as there are.
 
     Args:
@@ -59,7 +59,7 @@ def balanced_probes(task: TaskData, count: int, seed: int = 0) -> Float[Tensor, 
     return torch.cat(parts)
 
 
-def comparable_logits(model: Model, inputs: Float[Tensor, "n *shape"]) -> Float[Tensor, "n C"]:
+def comparable_logits(model: Model, inputs: Float[Tensor, " n *shape"]) -> Float[Tensor, "n C"]:
     """Logits in evaluation mode and without autocast, so that they compare from step to step."""
     with evaluating(model), torch.autocast(inputs.device.type, enabled=False):
         logits: Tensor = model(inputs)
@@ -67,7 +67,7 @@ def comparable_logits(model: Model, inputs: Float[Tensor, "n *shape"]) -> Float[
 
 
 def tangent_of(
-    model: Model, inputs: Float[Tensor, "n *shape"], outputs: Sequence[int], *, memory: float = MEMORY
+    model: Model, inputs: Float[Tensor, " n *shape"], outputs: Sequence[int], *, memory: float = MEMORY
 ) -> Tangent:
     """J of some outputs with respect to all that trains: a matrix in float64 where it is small, else an operator.
 
@@ -91,7 +91,7 @@ def tangent_of(
     return TangentOperator(model, inputs, dict(parameters), lambda logits: logits[:, kept])
 
 
-def tangent_of_later(model: Model, inputs: Float[Tensor, "n *shape"]) -> TangentMatrix:
+def tangent_of_later(model: Model, inputs: Float[Tensor, " n *shape"]) -> TangentMatrix:
     """J of one output that is yet to come, with respect to its own row of a linear head: the features, and a 1 for b.
 
     Its row is zero, so that nothing else moves it to first order.

@@ -31,7 +31,7 @@ class LeadingModes:
     """
 
     values: Float[Tensor, " k"]
-    vectors: Float[Tensor, "k *shape"]
+    vectors: Float[Tensor, " k *shape"]
     residuals: Float[Tensor, " k"]
     products: int
     converged: bool
