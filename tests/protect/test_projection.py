@@ -8,7 +8,7 @@ import forgetcast as fc
 from forgetcast.protect.projection import Projection, protect
 from forgetcast.tuners.adapter import Adapter
 from forgetcast.tuners.anatomy import Anatomy, Block
-from forgetcast.tuners.base import Site, linear_site
+from forgetcast.tuners.base import Site, linear_sites
 
 WIDTH, STEPS = 24, 200
 OPTIMIZERS = {
@@ -100,7 +100,7 @@ def leak(optimizer: str, target: str) -> float:
     """Share of the way in old directions, where one linear layer learns."""
     torch.manual_seed(1)
     layer = nn.Linear(WIDTH, 7, bias=False).double()
-    site = linear_site("layer", layer)
+    (site,) = linear_sites("layer", layer)
     old = task(1).double()
     projection = Projection((site,), threshold=1.0).after(layer, [old])
     start = layer.weight.detach().clone()
@@ -127,7 +127,7 @@ def test_strength_slows_old_directions():
     """By 1 - rho along them, not at all across them: of a plain step of gradient descent."""
     layer = nn.Linear(WIDTH, 4, bias=False).double()
     old, update = task(1).double(), task(2, 4).double()[None]
-    site = linear_site("layer", layer)
+    (site,) = linear_sites("layer", layer)
     projection = Projection((site,), threshold=1.0, strength=0.7).after(layer, [old])
     found = projection.projected(site, update)
     basis = torch.linalg.qr(old.T).Q
@@ -138,9 +138,9 @@ def test_strength_slows_old_directions():
 def test_sites_with_rows_on_the_left_and_blocks_of_their_own():
     """S D = 0 for each block with its own rows."""
     rows = torch.randn(3, 2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    parameter = nn.Parameter(torch.randn(3, 6, 4, dtype=torch.float64))
+    parameter = nn.Parameter(torch.randn(6, 12, dtype=torch.float64))
     layer = nn.Linear(6, 6, dtype=torch.float64)
-    space = linear_site("layer", layer).right
+    space = linear_sites("layer", layer)[0].right
     assert space is not None
     left = type(space)("rows", 6, 3, lambda seen: Once(seen, rows))
     projection = Projection((Site(("p",), (parameter,), blocks=3, left=left),), threshold=1.0).after(layer, [rows[0]])
@@ -158,7 +158,7 @@ class Once:
         self.seen, self.rows = seen, rows
 
     def __enter__(self) -> None:
-        self.seen(self.rows)
+        self.seen(self.rows[:, None])
 
     def __exit__(self, *_: object) -> None:
         pass
@@ -167,7 +167,7 @@ class Once:
 def test_exhausted_sites_are_named_and_stand_still():
     layer = nn.Linear(5, 3, bias=False)
     start = layer.weight.detach().clone()
-    site = linear_site("up", layer)
+    (site,) = linear_sites("up", layer)
     old = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
     for strength, moves in ((1.0, False), (0.9, True)):
         with pytest.warns(UserWarning, match=r"1 of 1 spaces have less than 10% .* up 0 of 5"):
@@ -184,12 +184,12 @@ def test_exhausted_sites_are_named_and_stand_still():
 
 def test_state_is_taken_over_and_foreign_state_refused():
     layer, other = nn.Linear(6, 3, bias=False), nn.Linear(7, 3, bias=False)
-    projection = Projection((linear_site("layer", layer),), threshold=1.0).after(layer, [torch.randn(2, 6)])
+    projection = Projection(linear_sites("layer", layer), threshold=1.0).after(layer, [torch.randn(2, 6)])
     again = Projection(projection.sites, threshold=1.0).with_state(projection.state_dict())
     update = torch.randn(1, 3, 6)
     assert torch.equal(again.projected(again.sites[0], update), projection.projected(projection.sites[0], update))
     with pytest.raises(ValueError, match=r"bases of layer of shape .* 1 of 7 rows"):
-        Projection((linear_site("layer", other),), threshold=1.0).with_state(projection.state_dict())
+        Projection(linear_sites("layer", other), threshold=1.0).with_state(projection.state_dict())
     held = projection.state_dict()
     with pytest.raises(ValueError, match="which no site has"):
         again.with_state(held | {"another/0": held["layer/0"]})
@@ -202,12 +202,12 @@ def test_a_parameter_at_two_sites_is_refused():
     one, other = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
     other.weight = one.weight
     with pytest.raises(ValueError, match="one parameter as one.weight and as other.weight"):
-        Projection((linear_site("one", one), linear_site("other", other)))
+        Projection((*linear_sites("one", one), *linear_sites("other", other)))
 
 
 def test_one_projection_an_optimiser_and_no_closure_for_gradients():
     layer = nn.Linear(6, 3, bias=False)
-    projection = Projection((linear_site("layer", layer),), threshold=1.0).after(layer, [torch.randn(2, 6)])
+    projection = Projection(linear_sites("layer", layer), threshold=1.0).after(layer, [torch.randn(2, 6)])
     made = torch.optim.SGD(layer.parameters(), lr=0.1)
     with (
         protect(made, projection),
@@ -222,7 +222,7 @@ def test_one_projection_an_optimiser_and_no_closure_for_gradients():
 
 def test_bad_input_is_refused():
     layer = nn.Linear(6, 3)
-    projection = Projection((linear_site("layer", layer),), threshold=1.0)
+    projection = Projection(linear_sites("layer", layer), threshold=1.0)
     foreign = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
     with pytest.raises(ValueError, match="none of the projected parameters"), protect(foreign, projection):
         pass
@@ -240,7 +240,7 @@ def test_bad_input_is_refused():
 def test_hooks_go_when_the_context_ends_also_by_an_error():
     layer = nn.Linear(6, 3, bias=False)
     old = torch.randn(2, 6)
-    projection = Projection((linear_site("layer", layer),), threshold=1.0).after(layer, [old])
+    projection = Projection(linear_sites("layer", layer), threshold=1.0).after(layer, [old])
     made = torch.optim.SGD(layer.parameters(), lr=0.1)
     with pytest.raises(RuntimeError, match="by the user"), protect(made, projection):
         raise RuntimeError("by the user")

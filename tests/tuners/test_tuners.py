@@ -64,32 +64,41 @@ def test_updates_that_vanish_on_the_rows_of_their_sites_change_no_old_output(kin
     trained(tuned, kind)
     sites = tuned.sites()
     assert sorted(key for site in sites for key in site.names) == sorted(tuned.named_parameters())
-    old, rows = inputs(kind, 2), {}
-    for site in sites:
-        with site.right.watch(lambda seen, site=site: rows.setdefault(site, []).append(seen)), torch.no_grad():
+    old, spaces = inputs(kind, 2), {space for site in sites for space in (site.right, site.left) if space is not None}
+    free: dict = {}
+    for space in spaces:
+        rows: list = []
+        with space.watch(rows.append), torch.no_grad():
             before = hidden(tuned.model, old)
-    start = tuned.state()
-    start = {key: value.clone() for key, value in start.items()}
+        (seen,) = rows
+        assert (len(seen), len(seen[0]), seen.shape[-1]) == (space.blocks, 2, space.width)
+        free[space] = torch.stack([null_space(block.flatten(0, 1)) for block in seen])
+    start = {key: value.clone() for key, value in tuned.state().items()}
 
     def drift(project: bool) -> float:
         draw = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for site in sites:
-                (seen,) = rows[site]
                 update = 0.1 * torch.randn(site.matrix().shape, generator=draw, dtype=torch.float64)
-                assert seen.shape[2] == update.shape[2] == site.right.width
                 if project:
-                    basis = torch.linalg.svd(seen[0], full_matrices=True).Vh[torch.linalg.matrix_rank(seen[0]) :]
-                    assert len(basis) > 0
-                    update = update @ basis.T @ basis
+                    update = update @ free[site.right] if site.right is not None else update
+                    update = free[site.left] @ update if site.left is not None else update
                 for parameter, part in zip(site.parameters, site.split(site.matrix() + update), strict=True):
                     parameter.copy_(part)
+            moved = max(float((tuned.state()[key] - value).abs().max()) for key, value in start.items())
             after = hidden(tuned.model, old)
             tuned.load_state(start)
+        assert moved > 1e-3
         return float((after - before).norm() / before.norm())
 
     assert drift(project=True) < 1e-10
     assert drift(project=False) > 1e-3
+
+
+def null_space(rows: torch.Tensor) -> torch.Tensor:
+    """The projector onto all that rows are orthogonal to."""
+    basis = torch.linalg.svd(rows, full_matrices=True).Vh[torch.linalg.matrix_rank(rows) :]
+    return basis.T @ basis
 
 
 @pytest.mark.parametrize(("kind", "name"), [("vit", name) for name in TUNERS] + [("gpt2", "LoRA")])

@@ -47,12 +47,12 @@ class Projection:
 
     Examples:
         >>> import torch, forgetcast as fc
-        >>> from forgetcast.tuners.base import linear_site
+        >>> from forgetcast.tuners.base import linear_sites
         >>> _ = torch.manual_seed(0)
         >>> layer = torch.nn.Linear(8, 3, bias=False)
         >>> old = torch.randn(4, 8)
         >>> before = layer(old).detach()
-        >>> projection = fc.Projection((linear_site("layer", layer),), threshold=1.0).after(layer, [old])
+        >>> projection = fc.Projection(linear_sites("layer", layer), threshold=1.0).after(layer, [old])
         >>> optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
         >>> with fc.protect(optimizer, projection):
         ...     for _ in range(10):

@@ -51,7 +51,7 @@ def moments_of(
     def gather(space: Space) -> Callable[[Tensor], None]:
         def seen(rows: Tensor) -> None:
             require_finite(f"rows of {space.name}", rows)
-            rows = rows.double()
+            rows = rows.flatten(1, 2).double()
             moment = rows.mT @ rows
             found[space] = moment if space not in found else found[space] + moment
 

@@ -20,13 +20,14 @@ from torch.utils.hooks import RemovableHandle
 
 from forgetcast.checks import complaint, require_choice, require_integer, require_number
 from forgetcast.tuners.anatomy import Anatomy, Block, anatomy, widths
-from forgetcast.tuners.base import Site, Tuned, freeze, linear_site, require_untuned
+from forgetcast.tuners.base import Conditions, Part, Site, Tuned, freeze, linear_sites, require_untuned
+from forgetcast.tuners.sites import sites_of
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}
 PART = "adapter"
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(Part):
     """`s U act(D x)`, from width d to width d'."""
 
     def __init__(self, width: int, out: int, rank: int, activation: str, scale: float, bias: bool) -> None:
@@ -45,6 +46,11 @@ class Bottleneck(nn.Module):
         """What is added to the output of the frozen network."""
         added: Tensor = self.scale * self.up(self.activation(self.down(x)))
         return added
+
+    def sites(self, name: str, conditions: Conditions) -> tuple[Site, ...]:
+        """D acts on the input of the adapter, U on the activations of its bottleneck."""
+        layers = (("down", self.down), ("up", self.up))
+        return tuple(site for key, layer in layers for site in linear_sites(f"{name}.{key}", layer, conditions))
 
 
 @dataclass(frozen=True)
@@ -162,13 +168,9 @@ class TunedByAdapters(Tuned):
             for name, parameter in self._part(block).named_parameters()
         }
 
-    def sites(self) -> tuple[Site, ...]:
+    def sites(self, conditions: Conditions = "corrected") -> tuple[Site, ...]:
         """D acts on the input of the adapter, U on the activations of its bottleneck."""
-        return tuple(
-            linear_site(f"{block.leave}.{PART}.{name}", getattr(self._part(block), name))
-            for block, _ in self.placed
-            for name in ("down", "up")
-        )
+        return sites_of(self.model, conditions)
 
     def detach(self) -> nn.Module:
         """Take the adapters out again."""

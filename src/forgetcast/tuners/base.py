@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -22,7 +22,10 @@ from torch import Tensor, nn
 from forgetcast.checks import complaint
 
 TUNER_FILE = "tuner.safetensors"
-Seen = Callable[[Float[Tensor, "k n d"]], None]
+Seen = Callable[[Float[Tensor, "k n t d"]], None]
+"""Takes rows of k blocks, n samples, t tokens a sample (or a multiple: all heads of the first token on), width d."""
+Conditions = Literal["corrected", "paper"]
+CONDITIONS: tuple[Conditions, ...] = ("corrected", "paper")
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +36,7 @@ class Space:
         name: of what is seen, for tables.
         width: d.
         blocks: k independent ones, such as heads.
-        watch: while its context is open, every forward pass gives its rows (k, n, d) to the function.
+        watch: while its context is open, every forward pass gives its rows (k, n, t, d) to the function.
     """
 
     name: str
@@ -44,11 +47,11 @@ class Space:
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """Parameters that act together, as one matrix (k, a, b).
+    """Parameters that act together, as k matrices (a, b).
 
     Attributes:
         names: of the parameters in the model.
-        parameters: one, or a weight and its bias, which is the last column of the matrix.
+        parameters: one (a, k b), such as heads side by side; or a weight and its bias, which is the last column.
         blocks: k.
         right: rows X of width b with output X M^T; None if nothing is known there.
         left: rows S of width a with output S M.
@@ -61,17 +64,29 @@ class Site:
     left: Space | None = None
 
     def matrix(self, tensors: Sequence[Tensor] | None = None) -> Float[Tensor, "k a b"]:
-        """The parameters, or tensors of their shapes, as one matrix."""
+        """The parameters, or tensors of their shapes, block by block."""
         weight, *bias = self.parameters if tensors is None else tensors
-        blocks = weight.reshape(self.blocks, -1, weight.shape[-1])
-        return torch.cat([blocks, bias[0].reshape(self.blocks, -1, 1)], 2) if bias else blocks
+        joined = torch.cat([weight, bias[0][:, None]], 1) if bias else weight
+        return joined.reshape(len(joined), self.blocks, -1).transpose(0, 1)
 
     def split(self, matrix: Float[Tensor, "k a b"]) -> tuple[Tensor, ...]:
         """The reverse of `matrix`."""
-        weight, *bias = self.parameters
-        if not bias:
-            return (matrix.reshape(weight.shape),)
-        return matrix[..., :-1].reshape(weight.shape), matrix[..., -1].reshape(bias[0].shape)
+        joined = matrix.transpose(0, 1).flatten(1)
+        parts = (joined[:, :-1], joined[:, -1]) if len(self.parameters) > 1 else (joined,)
+        return tuple(part.reshape(like.shape) for part, like in zip(parts, self.parameters, strict=True))
+
+
+class Part(nn.Module, ABC):
+    """A module that a tuner puts into a model and that says what its parameters act on."""
+
+    @abstractmethod
+    def sites(self, name: str, conditions: Conditions) -> tuple[Site, ...]:
+        """Its trainable parameters with their spaces.
+
+        Args:
+            name: of this module in the model.
+            conditions: "corrected", which is exact; "paper", as PEGP's equations have them.
+        """
 
 
 class Tuned(ABC):
@@ -88,7 +103,7 @@ class Tuned(ABC):
         """The tuner's parameters by their names in the model."""
 
     @abstractmethod
-    def sites(self) -> tuple[Site, ...]:
+    def sites(self, conditions: Conditions = "corrected") -> tuple[Site, ...]:
         """Every trainable parameter with the spaces in which it acts."""
 
     @abstractmethod
@@ -171,8 +186,9 @@ def inputs_of(module: nn.Module, name: str, width: int, constant: bool = False) 
     @contextmanager
     def watch(seen: Seen) -> Iterator[None]:
         def hook(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-            rows = given[0].detach().reshape(-1, width)
-            seen((torch.cat([rows, rows.new_ones(len(rows), 1)], 1) if constant else rows)[None])
+            rows = given[0].detach()
+            rows = rows.reshape(len(rows), -1, width)
+            seen((torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], 2) if constant else rows)[None])
 
         handle = module.register_forward_pre_hook(hook)
         try:
@@ -183,8 +199,8 @@ def inputs_of(module: nn.Module, name: str, width: int, constant: bool = False) 
     return Space(name, width + constant, 1, watch)
 
 
-def linear_site(model_name: str, module: nn.Linear) -> Site:
-    """Weight, and bias if it trains, of a linear layer: both act on its inputs."""
+def linear_sites(model_name: str, module: nn.Linear, conditions: Conditions = "corrected") -> tuple[Site, ...]:
+    """Weight, and bias if it trains, of a linear layer: both act on its inputs. The paper leaves biases free."""
     held = {
         f"{model_name}.{name}": value for name, value in module.named_parameters(recurse=False) if value.requires_grad
     }
@@ -194,8 +210,11 @@ def linear_site(model_name: str, module: nn.Linear) -> Site:
             "a weight that trains",
             "Freeze its bias, or let both train.",
         )
-    rows = inputs_of(module, model_name, module.in_features, constant=len(held) > 1)
-    return Site(tuple(held), tuple(held.values()), right=rows)
+    rows = inputs_of(module, model_name, module.in_features, constant=len(held) > 1 and conditions == "corrected")
+    if len(held) == 1 or conditions == "corrected":
+        return (Site(tuple(held), tuple(held.values()), right=rows),)
+    (weight, bias), (matrix, vector) = held, held.values()
+    return Site((weight,), (matrix,), right=rows), Site((bias,), (vector,))
 
 
 def freeze(model: nn.Module) -> dict[str, bool]:

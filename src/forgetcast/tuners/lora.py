@@ -17,7 +17,7 @@ from torch import nn
 
 from forgetcast.checks import complaint, require_choice, require_integer, require_number
 from forgetcast.tuners.anatomy import Anatomy, Block, anatomy
-from forgetcast.tuners.base import Site, Tuned, freeze, linear_site, require_untuned
+from forgetcast.tuners.base import Conditions, Site, Tuned, freeze, linear_sites, require_untuned
 
 ADAPTER = "default"
 TARGETS = ("query", "key", "value", "fused", "enter", "leave")
@@ -99,7 +99,7 @@ class TunedByLoRA(Tuned):
         """A and B of each pair."""
         return {name: value for name, value in self.model.named_parameters() if "lora_" in name}
 
-    def sites(self) -> tuple[Site, ...]:
+    def sites(self, conditions: Conditions = "corrected") -> tuple[Site, ...]:  # noqa: ARG002 - the paper's are exact
         """A acts on the input of its layer, B on A x."""
         return lora_sites(self.model)
 
@@ -162,7 +162,7 @@ def lora_sites(model: nn.Module) -> tuple[Site, ...]:
         ValueError: DoRA, whose update is not linear in its parameters; a pair on an embedding or a convolution.
     """
     layer_type = _peft().tuners.lora.LoraLayer
-    found = []
+    found: list[Site] = []
     for name, layer in model.named_modules():
         if not isinstance(layer, layer_type):
             continue
@@ -181,7 +181,7 @@ def lora_sites(model: nn.Module) -> tuple[Site, ...]:
                         "plain LoRA on linear layers",
                         "Freeze it, or tune linear layers with plain LoRA.",
                     )
-                found.append(linear_site(f"{name}.{factor}.{adapter}", part))
+                found.extend(linear_sites(f"{name}.{factor}.{adapter}", part))
     return tuple(found)
 
 
