@@ -37,5 +37,8 @@ from .tuners.anatomy import Anatomy as Anatomy
 from .tuners.anatomy import Block as Block
 from .tuners.lora import LoRA as LoRA
 from .tuners.lora import lora_sites as lora_sites
+from .tuners.prefix import Prefix as Prefix
+from .tuners.prompt import Prompt as Prompt
+from .tuners.sites import sites_of as sites_of
 
 __version__: str

@@ -13,6 +13,8 @@ from tuned_models import KINDS, hidden, inputs, small  # noqa: E402 - these impo
 from forgetcast.tuners.adapter import Adapter  # noqa: E402
 from forgetcast.tuners.base import Tuned  # noqa: E402
 from forgetcast.tuners.lora import LoRA  # noqa: E402
+from forgetcast.tuners.prefix import Prefix  # noqa: E402
+from forgetcast.tuners.prompt import Prompt  # noqa: E402
 
 TUNERS = {
     "parallel adapter": Adapter(rank=20),
@@ -20,8 +22,14 @@ TUNERS = {
     "adapter with biases": Adapter(rank=20, bias=True),
     "LoRA": LoRA(rank=20),
     "LoRA everywhere": LoRA(rank=20, targets=("query", "key", "value", "enter", "leave"), alpha=10, layers=[0]),
+    "prefix": Prefix(length=16),
+    "prefix without a gate": Prefix(length=16, gated=False, layers=[-1]),
+    "prompt": Prompt(length=16),
+    "prompt behind the normalisation": Prompt(length=16, normalised=False),
 }
-BOTH = [(kind, name) for kind in KINDS for name in TUNERS]
+IDENTICAL = [(kind, name) for kind in KINDS for name in TUNERS if name != "prefix without a gate"]
+PRE_NORM = {"vit", "deit", "dinov2", "clip", "gpt2", "llama", "gpt_neox", "fused"}
+EXACT = [(kind, name) for kind in KINDS for name in TUNERS if name != "prompt" or kind not in PRE_NORM]
 
 
 def trained(tuned: Tuned, kind: str, steps: int = 2) -> dict[str, float]:
@@ -37,7 +45,7 @@ def trained(tuned: Tuned, kind: str, steps: int = 2) -> dict[str, float]:
     return seen
 
 
-@pytest.mark.parametrize(("kind", "name"), BOTH)
+@pytest.mark.parametrize(("kind", "name"), IDENTICAL)
 def test_nothing_changes_at_first_and_all_of_it_trains(kind, name):
     model = small(kind)
     before = hidden(model, inputs(kind, 3)).detach()
@@ -57,21 +65,21 @@ def test_nothing_changes_at_first_and_all_of_it_trains(kind, name):
     assert torch.equal(hidden(model, inputs(kind, 3)), before)
 
 
-@pytest.mark.parametrize(("kind", "name"), BOTH)
+@pytest.mark.parametrize(("kind", "name"), EXACT)
 def test_updates_that_vanish_on_the_rows_of_their_sites_change_no_old_output(kind, name):
     """Through all depths; an update of the same size that does not vanish there changes them."""
     tuned = TUNERS[name].attach(small(kind))
     trained(tuned, kind)
     sites = tuned.sites()
     assert sorted(key for site in sites for key in site.names) == sorted(tuned.named_parameters())
-    old, spaces = inputs(kind, 2), {space for site in sites for space in (site.right, site.left) if space is not None}
+    old, spaces = inputs(kind, 1), {space for site in sites for space in (site.right, site.left) if space is not None}
     free: dict = {}
     for space in spaces:
         rows: list = []
         with space.watch(rows.append), torch.no_grad():
             before = hidden(tuned.model, old)
         (seen,) = rows
-        assert (len(seen), len(seen[0]), seen.shape[-1]) == (space.blocks, 2, space.width)
+        assert (len(seen), len(seen[0]), seen.shape[-1]) == (space.blocks, 1, space.width)
         free[space] = torch.stack([null_space(block.flatten(0, 1)) for block in seen])
     start = {key: value.clone() for key, value in tuned.state().items()}
 

@@ -18,11 +18,12 @@ class FusedAttention(nn.Module):
         super().__init__()
         self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
         self.proj = nn.Linear(WIDTH, WIDTH)
+        self.num_heads = HEADS
 
     def forward(self, x: Tensor) -> Tensor:
         n, tokens, _ = x.shape
         query, key, value = self.qkv(x).view(n, tokens, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
-        mixed = torch.softmax(query @ key.mT / query.shape[-1] ** 0.5, -1) @ value
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value)
         return self.proj(mixed.transpose(1, 2).reshape(n, tokens, WIDTH))
 
 

@@ -12,6 +12,8 @@ QUERIES = ("q_proj", "query", "q_lin", "q")
 KEYS = ("k_proj", "key", "k_lin", "k")
 VALUES = ("v_proj", "value", "v_lin", "v")
 ATTENTION = ("attention", "attn", "self_attn", "self_attention")
+NORMS = ("layernorm_before", "norm1", "layer_norm1", "ln_1", "input_layernorm")
+"""Normalisations before attention; those behind it have other names."""
 FUSED = ("qkv", "query_key_value", "c_attn", "qkv_proj", "Wqkv")
 
 
@@ -25,6 +27,8 @@ class Block:
         key: to keys.
         value: to values.
         fused: one projection to all three.
+        attention: the module that holds them.
+        norm: the normalisation before it; None where there is none.
         enter: the first module of the feed-forward network: it gets the input of the network.
         leave: its last module: it returns the output.
     """
@@ -36,6 +40,8 @@ class Block:
     key: str | None = None
     value: str | None = None
     fused: str | None = None
+    attention: str | None = None
+    norm: str | None = None
 
 
 @dataclass(frozen=True)
@@ -152,6 +158,8 @@ def _block(name: str, block: nn.Module) -> Block:
         named(KEYS),
         named(VALUES),
         named(FUSED),
+        f"{name}.{attentions[0]}",
+        next((f"{name}.{child}" for child, _ in block.named_children() if child in NORMS), None),
     )
 
 

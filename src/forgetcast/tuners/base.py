@@ -226,7 +226,7 @@ def freeze(model: nn.Module) -> dict[str, bool]:
 
 def require_untuned(model: nn.Module) -> None:
     """Raise if the model holds parts of a tuner already: two would freeze each other."""
-    marks = (".adapter.down.", ".lora_")
-    tuned = [name for name, _ in model.named_parameters() if any(mark in f".{name}" for mark in marks)]
+    named = model.named_modules()
+    tuned = [name for name, part in named if isinstance(part, Part) or name.rsplit(".", 1)[-1] == "lora_A"]
     if tuned:
         raise complaint(f"a model with a tuner in place ({tuned[0]})", "one without", "Detach or merge it first.")

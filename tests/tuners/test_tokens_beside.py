@@ -1,0 +1,241 @@
+"""Prefixes and prompts: what they compute, what their conditions protect, whose attention they can enter."""
+
+import copy
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from tuned_models import KINDS, LAYERS, hidden, inputs, small  # noqa: E402 - these import transformers
+
+from forgetcast.protect.projection import Projection, protect  # noqa: E402
+from forgetcast.tuners.anatomy import anatomy  # noqa: E402
+from forgetcast.tuners.base import Site  # noqa: E402
+from forgetcast.tuners.prefix import Prefix  # noqa: E402
+from forgetcast.tuners.prompt import Prompt  # noqa: E402
+from forgetcast.tuners.sites import sites_of  # noqa: E402
+
+ENCODERS = ["vit", "clip", "dinov2", "fused"]
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize("after", [0, 1])
+def test_deep_prompts_are_tokens_put_into_each_block_and_taken_out_behind_it(kind, after):
+    """The published procedure, done by hand on the plain model, before or after the class token."""
+    tuned = Prompt(length=4, gated=False).attach(small(kind))
+    plain = small(kind)
+    blocks = [plain.get_submodule(block.name) for block in anatomy(plain).blocks]
+    tokens = [parameter.detach() for parameter in tuned.parameters()]
+
+    def put(_, given, named, own):
+        x = given[0]
+        return (torch.cat([x[:, :after], own.expand(len(x), -1, -1), x[:, after:]], 1), *given[1:]), named
+
+    def take(_, __, found):
+        x = found[0] if isinstance(found, tuple) else found
+        x = torch.cat([x[:, :after], x[:, after + 4 :]], 1)
+        return (x, *found[1:]) if isinstance(found, tuple) else x
+
+    for block, own in zip(blocks, tokens, strict=True):
+        block.register_forward_pre_hook(lambda *given, own=own: put(*given, own), with_kwargs=True)
+        block.register_forward_hook(take)
+    expected = hidden(plain, inputs(kind, 3))
+    assert torch.allclose(hidden(tuned.model, inputs(kind, 3)), expected, atol=1e-12)
+    assert not torch.allclose(hidden(small(kind), inputs(kind, 3)), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "fused"])
+def test_prompts_meet_the_projections_of_their_block(kind):
+    """Prompts equal to what a block's attention is given yield the very values that it computes; keys up to rotation."""
+    model = small(kind)
+    block = anatomy(model).blocks[0]
+    tuned = Prompt(length=3, normalised=False).attach(model)
+    attention = model.get_submodule(block.attention)
+    given: list = []
+    handle = attention.register_forward_pre_hook(
+        lambda _, args, named: given.append(args[0] if args else named["hidden_states"]), with_kwargs=True
+    )
+    seen: list = []
+    part = attention.prompt
+    attend = part.attend
+    part.attend = lambda query, key, value, *rest, **named: (
+        seen.append((key, value)) or attend(query, key, value, *rest, **named)
+    )
+    with torch.no_grad():
+        hidden(model, inputs(kind, 1))
+        handle.remove()
+        (x,), ((key, value), *_) = given, seen
+        part.embedding.weight.copy_(x[0, :3])
+        own_key, own_value = part.tokens(1)
+    copies = value.shape[1] // own_value.shape[2]
+    assert torch.allclose(own_value[0].transpose(0, 1).repeat_interleave(copies, 0), value[0, :, :3], atol=1e-10)
+    places = [0] if kind in ("llama", "gpt_neox") else [0, 1, 2]  # the first place is not rotated
+    keys = own_key[0].transpose(0, 1).repeat_interleave(copies, 0)
+    assert torch.allclose(keys[:, places], key[0, :, places], atol=1e-10)
+    tuned.detach()
+
+
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "gpt2", "llama"])
+@pytest.mark.parametrize("options", [Prefix(length=3, gated=False), Prefix(length=3), Prompt(length=3, gated=False)])
+def test_padding_stays_unseen(kind, options):
+    tuned = options.attach(small(kind))
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.add_(0.5)
+    ids = inputs(kind, 2)["input_ids"]
+    alone = hidden(tuned.model, {"input_ids": ids})
+    longer = torch.cat([ids, torch.zeros(2, 3, dtype=torch.long)], 1)
+    mask = (torch.arange(8) < 5).long().expand(2, -1)
+    beside = hidden(tuned.model, {"input_ids": longer, "attention_mask": mask})
+    assert torch.allclose(beside[:, :5], alone, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gpt_neox"])
+@pytest.mark.parametrize("options", [Prefix(length=3, gated=False), Prompt(length=3)])
+def test_generation_with_a_cache_is_that_without(kind, options):
+    tuned = options.attach(small(kind))
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.add_(0.5)
+    ids = inputs(kind, 2)["input_ids"]
+    whole = hidden(tuned.model, {"input_ids": ids})
+    first = tuned.model(input_ids=ids[:, :3], use_cache=True)
+    second = tuned.model(input_ids=ids[:, 3:4], past_key_values=first.past_key_values, use_cache=True)
+    third = tuned.model(input_ids=ids[:, 4:], past_key_values=second.past_key_values, use_cache=True)
+    stepwise = torch.cat([found.last_hidden_state for found in (first, second, third)], 1)
+    assert torch.allclose(stepwise, whole, atol=1e-10)
+
+
+def test_no_token_sees_a_later_one():
+    for options in (Prefix(length=3, gated=False), Prompt(length=3)):
+        tuned = options.attach(small("gpt2"))
+        ids = inputs("gpt2", 1)["input_ids"]
+        other = ids.clone()
+        other[0, -1] = (ids[0, -1] + 1) % 50
+        before, after = hidden(tuned.model, {"input_ids": ids}), hidden(tuned.model, {"input_ids": other})
+        assert torch.equal(before[:, :-1], after[:, :-1])
+        assert not torch.allclose(before[:, -1], after[:, -1])
+
+
+def test_attention_that_is_computed_by_hand_is_refused():
+    model = small("vit")
+    model.set_attn_implementation("eager")
+    tuned = Prefix().attach(model)
+    with pytest.raises(ValueError, match=r"computes attention by itself.*expected a call of .*scaled_dot_product"):
+        hidden(model, inputs("vit", 1))
+    model.set_attn_implementation("sdpa")
+    hidden(model, inputs("vit", 1))
+    assert not torch.overrides._get_current_function_mode_stack()
+    tuned.detach()
+
+
+def test_an_exception_inside_attention_leaves_nothing_behind():
+    model = small("vit")
+    tuned = Prefix().attach(model)
+    handle = model.get_submodule(anatomy(model).blocks[1].query).register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        hidden(model, inputs("vit", 1))
+    assert not torch.overrides._get_current_function_mode_stack()
+    handle.remove()
+    assert hidden(model, inputs("vit", 1)).isfinite().all()
+    tuned.detach()
+
+
+def moved(model, sites, old, batch, conditions_hold) -> float:
+    """Relative change of old outputs after projected AdamW steps on another batch."""
+    projection = Projection(sites, threshold=1.0)
+    if conditions_hold:
+        projection = projection.after(model, [old], lambda net, given: hidden(net, given))
+    parameters = [parameter for site in sites for parameter in site.parameters]
+    start = [parameter.detach().clone() for parameter in parameters]
+    before = hidden(model, old).detach()
+    optimizer = torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1)
+    with protect(optimizer, projection):
+        for _ in range(30):
+            optimizer.zero_grad()
+            hidden(model, batch).sin().square().mean().backward()
+            optimizer.step()
+    after = hidden(model, old).detach()
+    with torch.no_grad():
+        for parameter, value in zip(parameters, start, strict=True):
+            parameter.copy_(value)
+    return float((after - before).norm() / before.norm())
+
+
+def warm(options, kind="vit", **sizes):
+    model = small(kind, **sizes)
+    tuned = options.attach(model)
+    optimizer = torch.optim.SGD(tuned.parameters(), lr=1.0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        hidden(model, inputs(kind, 4, seed=5)).sin().square().mean().backward()
+        optimizer.step()
+    return tuned
+
+
+@pytest.mark.filterwarnings("ignore:.*of their directions free")
+def test_key_prefixes_need_their_queries_head_by_head():
+    """GT4: all heads together constrain only the sum over heads; the paper's inputs in place of queries nothing."""
+    tuned = warm(Prefix(length=16))
+    keys, *_ = (site for site in tuned.sites() if "keys" in site.names[0])
+    part = tuned.model.get_submodule(keys.names[0].rsplit(".", 2)[0])
+    old, new = inputs("vit", 1), inputs("vit", 3, seed=9)
+
+    def joint(query: torch.Tensor) -> torch.Tensor:
+        return query.transpose(1, 2).flatten(2)[None]
+
+    together = part.space("keys", "together", 24, 1)
+    show = part.show
+    part.show = lambda query, shares: (show(query, shares), part.tell("together", lambda: joint(query)))[0]
+    by_head = moved(tuned.model, (keys,), old, new, True)
+    side_by_side = moved(tuned.model, (Site(keys.names, keys.parameters, right=together),), old, new, True)
+    paper = [site for site in sites_of(tuned.model, "paper") if site.names == keys.names]
+    as_published = moved(tuned.model, tuple(paper), old, new, True)
+    assert by_head < 1e-12
+    assert min(side_by_side, as_published) > 1e-6
+
+
+@pytest.mark.filterwarnings("ignore:.*of their directions free")
+def test_prompts_need_both_sides():
+    tuned = warm(Prompt(length=16, normalised=False))
+    (site, *_) = (site for site in tuned.sites() if "embedding" in site.names[0])
+    old, new = inputs("vit", 1), inputs("vit", 3, seed=9)
+    both = moved(tuned.model, (site,), old, new, True)
+    right = moved(tuned.model, (Site(site.names, site.parameters, right=site.right),), old, new, True)
+    left = moved(tuned.model, (Site(site.names, site.parameters, left=site.left),), old, new, True)
+    (paper, *_) = (one for one in sites_of(tuned.model, "paper") if one.names == site.names)
+    published = moved(tuned.model, (paper,), old, new, True)
+    assert both < 1e-12
+    assert min(right, left, published) > 1e-6
+
+
+def test_the_papers_conditions_do_not_exist_for_grouped_queries(unchecked_types):
+    tuned = Prefix().attach(small("llama"))
+    with pytest.raises(ValueError, match=r"inputs of width 24 for keys of 1 heads of 12.*conditions='corrected'"):
+        tuned.sites("paper")
+    with pytest.raises(ValueError, match="conditions"):
+        sites_of(tuned.model, "published")
+
+
+def test_heads_that_nothing_names_are_asked_for():
+    model = small("fused")
+    for k in range(LAYERS):
+        del model.blocks[k].attn.num_heads
+    with pytest.raises(ValueError, match=r"heads of blocks.0.attn.*num_heads"):
+        Prefix().attach(model)
+    for k in range(LAYERS):
+        model.blocks[k].attn.num_heads = 5
+    with pytest.raises(ValueError, match=r"72 outputs for 5 heads of 4.*expected 60 outputs"):
+        Prefix().attach(model)
+    assert not [name for name, _ in model.named_parameters() if "prefix" in name]
+
+
+def test_copies_do_not_share_their_frozen_layers():
+    tuned = Prompt(length=3, gated=False).attach(small("vit"))
+    other = copy.deepcopy(tuned.model)
+    before = hidden(other, inputs("vit", 1)).detach()
+    with torch.no_grad():
+        for block in anatomy(tuned.model).blocks:
+            tuned.model.get_submodule(block.key).weight.zero_()
+    assert torch.equal(hidden(other, inputs("vit", 1)), before)
