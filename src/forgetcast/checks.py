@@ -5,6 +5,7 @@ Nothing here imports PyTorch, so that a command which only reads files answers a
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from importlib import import_module
 from math import isfinite
 from numbers import Integral, Real
 from typing import Any
@@ -13,6 +14,17 @@ from typing import Any
 def complaint(given: str, expected: str, remedy: str) -> ValueError:
     """The one form of error message: `given; expected ...; remedy`."""
     return ValueError(f"{given}; expected {expected}. {remedy}")
+
+
+def require_module(name: str, extra: str) -> Any:
+    """Import a module of a package that comes with an extra; raise with how to install it where it is missing."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        raise complaint(
+            f"cannot import {package} ({error})", package, f"Install it: pip install 'forgetcast[{extra}]'."
+        ) from error
 
 
 def require_number(

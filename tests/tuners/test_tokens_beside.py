@@ -16,6 +16,13 @@ from forgetcast.tuners.prefix import Prefix  # noqa: E402
 from forgetcast.tuners.prompt import Prompt  # noqa: E402
 from forgetcast.tuners.sites import sites_of  # noqa: E402
 
+BESIDE = [
+    Prefix(length=3, gated=False),
+    Prefix(length=3),
+    Prompt(length=3, gated=False),
+    Prompt(length=3, gated=False, depth="shallow"),
+    Prompt(length=3, depth="shallow"),
+]
 ENCODERS = ["vit", "clip", "dinov2", "fused"]
 
 
@@ -45,9 +52,62 @@ def test_deep_prompts_are_tokens_put_into_each_block_and_taken_out_behind_it(kin
     assert not torch.allclose(hidden(small(kind), inputs(kind, 3)), expected, atol=1e-3)
 
 
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_shallow_prompts_are_tokens_put_in_once(kind):
+    tuned = Prompt(length=4, gated=False, depth="shallow").attach(small(kind))
+    plain = small(kind)
+    first, *_, last = (plain.get_submodule(block.name) for block in anatomy(plain).blocks)
+    (tokens,) = (parameter.detach() for parameter in tuned.parameters())
+
+    def put(_, given):
+        return torch.cat([given[0][:, :1], tokens.expand(len(given[0]), -1, -1), given[0][:, 1:]], 1), *given[1:]
+
+    first.register_forward_pre_hook(put)
+    last.register_forward_hook(lambda _, __, found: torch.cat([found[:, :1], found[:, 5:]], 1))
+    expected = hidden(plain, inputs(kind, 3))
+    assert torch.allclose(hidden(tuned.model, inputs(kind, 3)), expected, atol=1e-12)
+    assert not torch.allclose(hidden(small(kind), inputs(kind, 3)), expected, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:.*of their directions free")
+def test_of_shallow_prompts_projection_protects_the_first_block():
+    """What the first block makes of old tokens stays; the later ones see the prompts themselves change."""
+    tuned = warm(Prompt(length=16, depth="shallow"))
+    sites = [site for site in tuned.sites() if "embedding" in site.names[0]]
+    old, new = inputs("vit", 1), inputs("vit", 3, seed=9)
+    first = tuned.model.get_submodule(anatomy(tuned.model).blocks[0].name)
+    seen: list = []
+    handle = first.register_forward_hook(lambda _, __, found: seen.append(found[:, 16:].detach()))
+    last = moved(tuned.model, tuple(sites), old, new, True)
+    handle.remove()
+    before, after = (states for states in (seen[1], seen[-1]) if len(states) == 1)
+    assert torch.allclose(before, after, atol=1e-9)
+    assert last > 1e-6
+
+
+def test_shallow_prompts_stand_before_whole_sequences():
+    tuned = Prompt(length=3, depth="shallow").attach(small("llama"))
+    ids = inputs("llama", 1)["input_ids"]
+    found = tuned.model(input_ids=ids[:, :3], use_cache=True)
+    with pytest.raises(ValueError, match="a cache of earlier tokens with shallow prompts"):
+        tuned.model(input_ids=ids[:, 3:], past_key_values=found.past_key_values)
+    with pytest.raises(ValueError, match=r"layers=\[0, 2\] for shallow prompts"):
+        Prompt(depth="shallow", layers=[0, 2]).attach(deeper())
+    with pytest.raises(ValueError, match="shallow prompts with normalised=False"):
+        Prompt(depth="shallow", normalised=False)
+
+
+def deeper():
+    return transformers.ViTModel(
+        transformers.ViTConfig(
+            hidden_size=8, num_hidden_layers=3, num_attention_heads=2, intermediate_size=8, image_size=16, patch_size=8
+        )
+    )
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "fused"])
 def test_prompts_meet_the_projections_of_their_block(kind):
-    """Prompts equal to what a block's attention is given yield the very values that it computes; keys up to rotation."""
+    """Of prompts equal to what attention is given come the very values that it computes, and keys up to rotation."""
     model = small(kind)
     block = anatomy(model).blocks[0]
     tuned = Prompt(length=3, normalised=False).attach(model)
@@ -77,7 +137,7 @@ def test_prompts_meet_the_projections_of_their_block(kind):
 
 
 @pytest.mark.parametrize("kind", ["bert", "distilbert", "gpt2", "llama"])
-@pytest.mark.parametrize("options", [Prefix(length=3, gated=False), Prefix(length=3), Prompt(length=3, gated=False)])
+@pytest.mark.parametrize("options", BESIDE)
 def test_padding_stays_unseen(kind, options):
     tuned = options.attach(small(kind))
     with torch.no_grad():
@@ -107,15 +167,22 @@ def test_generation_with_a_cache_is_that_without(kind, options):
     assert torch.allclose(stepwise, whole, atol=1e-10)
 
 
-def test_no_token_sees_a_later_one():
-    for options in (Prefix(length=3, gated=False), Prompt(length=3)):
-        tuned = options.attach(small("gpt2"))
-        ids = inputs("gpt2", 1)["input_ids"]
-        other = ids.clone()
-        other[0, -1] = (ids[0, -1] + 1) % 50
-        before, after = hidden(tuned.model, {"input_ids": ids}), hidden(tuned.model, {"input_ids": other})
-        assert torch.equal(before[:, :-1], after[:, :-1])
-        assert not torch.allclose(before[:, -1], after[:, -1])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("options", BESIDE)
+def test_no_token_sees_a_later_one(options, kind, masked):
+    tuned = options.attach(small(kind))
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.add_(0.5)
+    ids = inputs(kind, 2)["input_ids"]
+    other = ids.clone()
+    other[:, -1] = (ids[:, -1] + 1) % 50
+    mask = torch.ones_like(ids)
+    mask[1, 0] = 1 - masked  # padding on the left
+    before, after = (hidden(tuned.model, {"input_ids": one, "attention_mask": mask}) for one in (ids, other))
+    assert torch.allclose(before[:, 1:-1], after[:, 1:-1], atol=1e-12)
+    assert not torch.allclose(before[:, -1], after[:, -1])
 
 
 def test_attention_that_is_computed_by_hand_is_refused():

@@ -21,14 +21,14 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from forgetcast.checks import complaint
-from forgetcast.tuners.base import Part, Seen, Site, Space
+from forgetcast.tuners.base import Conditions, Part, Seen, Site, Space
 
 START = 0.2
 """Standard deviation of new tokens at the start."""
 
 
 class Beside(Part):
-    """Tokens beside those of an attention module.
+    """Tokens beside those of an attention module, whose queries see them through a gate.
 
     Args:
         heads: k, of keys and values.
@@ -45,39 +45,24 @@ class Beside(Part):
         self.watchers: dict[str, list[Seen]] = {}
 
     @abstractmethod
-    def tokens(self, samples: int) -> tuple[Float[Tensor, "n m k d"], Float[Tensor, "n m k d"]]:
-        """Keys and values for each sample."""
-
-    @abstractmethod
-    def show(self, query: Float[Tensor, "n h l d"], shares: Float[Tensor, "n h l m"]) -> None:
-        """Tell the watchers what the queries are and how much of their attention the tokens get."""
-
-    def attend(
-        self,
-        query: Float[Tensor, "n h l d"],
-        key: Float[Tensor, "n h2 s d"],
-        value: Float[Tensor, "n h2 s d"],
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Float[Tensor, "n h l d"]:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, *given: Any, **named: Any) -> Float[Tensor, "n h l d"]:
         """In the place of `scaled_dot_product_attention`."""
-        kept = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": enable_gqa}
-        copies = key.shape[1] // self.heads  # where the module has repeated its key heads for groups of queries
-        own_key, own_value = (part.transpose(1, 2).repeat_interleave(copies, 1) for part in self.tokens(len(query)))
-        keys, values = torch.cat([own_key.to(key), key], 2), torch.cat([own_value.to(value), value], 2)
-        m = own_key.shape[2]
-        mask = widened(attn_mask, m, _causal(query, key) if is_causal else None)
-        if self.watchers:
-            with torch.no_grad():
-                self.show(query, _shares(query, keys, mask, scale)[..., :m])
-        joined = scaled_dot_product_attention(query, keys, values, mask, **kept)  # type: ignore[arg-type]
+
+    def show(self, query: Float[Tensor, "n h l d"], shares: Float[Tensor, "n h l m"]) -> None:  # noqa: ARG002
+        """Tell the watchers what the queries are and how much of their attention the tokens get."""
+        self.tell("gate", lambda: query.new_ones(1, len(query), 1, 1))
+
+    def sites(self, name: str, conditions: Conditions) -> tuple[Site, ...]:
+        """The gate acts on a constant: it stands still after the first task. The paper has none."""
         if self.gate is None:
-            return joined
-        plain = scaled_dot_product_attention(query, key, value, attn_mask, is_causal=is_causal, **kept)  # type: ignore[arg-type]
-        gates = self.gate(query.new_zeros(len(query), 1, dtype=torch.long)).to(plain)  # n 1 k
+            return ()
+        space = self.space(name, "gate", 1, 1) if conditions == "corrected" else None
+        return (Site((f"{name}.gate.weight",), (weight_of(self.gate),), left=space),)
+
+    def mixed(self, plain: Float[Tensor, "n h l d"], joined: Float[Tensor, "n h l d"]) -> Float[Tensor, "n h l d"]:
+        """Attention without tokens and with them, by the gates."""
+        assert self.gate is not None
+        gates = self.gate(torch.zeros(len(plain), 1, dtype=torch.long, device=plain.device)).to(plain)  # n 1 k
         gates = gates[:, 0].repeat_interleave(plain.shape[1] // self.heads, 1)[..., None, None]
         mixed: Tensor = plain + gates * (joined - plain)
         return mixed
@@ -90,12 +75,6 @@ class Beside(Part):
             attention.register_forward_pre_hook(inside.enter, with_kwargs=True),
             attention.register_forward_hook(inside.leave, always_call=True),
         ]
-
-    def gate_sites(self, name: str) -> tuple[Site, ...]:
-        """The gate acts on a constant: it stands still after the first task."""
-        if self.gate is None:
-            return ()
-        return (Site((f"{name}.gate.weight",), (weight_of(self.gate),), left=self.space(name, "gate", 1, 1)),)
 
     def space(self, name: str, kind: str, width: int, blocks: int) -> Space:
         """Rows that `show` tells under this kind."""
@@ -120,14 +99,45 @@ class Beside(Part):
         for seen in watching:
             seen(found)  # type: ignore[arg-type]
 
-    def tell_gate(self, query: Tensor) -> None:
-        """The constant on which the gate acts."""
-        self.tell("gate", lambda: query.new_ones(1, len(query), 1, 1))
-
     def by_head(self, rows: Float[Tensor, "n h l d"]) -> Float[Tensor, "k n t d"]:
         """Rows of all queries that read one head of keys together."""
         grouped = rows.reshape(len(rows), self.heads, -1, rows.shape[-1])
         return grouped.transpose(0, 1)
+
+
+class Added(Beside):
+    """Tokens that are keys and values alone: they have no queries, and nothing is made of them."""
+
+    @abstractmethod
+    def tokens(self, samples: int) -> tuple[Float[Tensor, "n m k d"], Float[Tensor, "n m k d"]]:
+        """Keys and values for each sample."""
+
+    def attend(
+        self,
+        query: Float[Tensor, "n h l d"],
+        key: Float[Tensor, "n h2 s d"],
+        value: Float[Tensor, "n h2 s d"],
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Float[Tensor, "n h l d"]:
+        """In the place of `scaled_dot_product_attention`."""
+        kept = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": enable_gqa}
+        copies = key.shape[1] // self.heads  # where the module has repeated its key heads for groups of queries
+        own_key, own_value = (part.transpose(1, 2).repeat_interleave(copies, 1) for part in self.tokens(len(query)))
+        keys, values = torch.cat([own_key.to(key), key], 2), torch.cat([own_value.to(value), value], 2)
+        m = own_key.shape[2]
+        mask = widened(attn_mask, m, _causal(query, key) if is_causal else None)
+        if self.watchers:
+            with torch.no_grad():
+                self.show(query, shares_of(query, keys, mask, scale)[..., :m])
+        joined = scaled_dot_product_attention(query, keys, values, mask, **kept)  # type: ignore[arg-type]
+        if self.gate is None:
+            return joined
+        plain = scaled_dot_product_attention(query, key, value, attn_mask, is_causal=is_causal, **kept)  # type: ignore[arg-type]
+        return self.mixed(plain, joined)
 
 
 class Taken(TorchFunctionMode):
@@ -195,7 +205,11 @@ def _causal(query: Tensor, key: Tensor) -> Bool[Tensor, "l s"]:
     return torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
 
 
-def _shares(query: Tensor, keys: Tensor, mask: Tensor | None, scale: float | None) -> Float[Tensor, "n h l s"]:
+def shares_of(
+    query: Float[Tensor, "n h l d"], keys: Tensor, mask: Tensor | None, scale: float | None, causal: bool = False
+) -> Float[Tensor, "n h l s"]:
+    """Attention weights."""
+    mask = _causal(query, keys) if causal and mask is None else mask
     keys = keys.repeat_interleave(query.shape[1] // keys.shape[1], 1)
     logits = query @ keys.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
     if mask is not None:

@@ -55,6 +55,8 @@ class Site:
         blocks: k.
         right: rows X of width b with output X M^T; None if nothing is known there.
         left: rows S of width a with output S M.
+        centred: of rows that are divided by their spread, what their spread is the norm of (k, a, b); such norms
+            must stay as well.
     """
 
     names: tuple[str, ...]
@@ -62,6 +64,7 @@ class Site:
     blocks: int = 1
     right: Space | None = None
     left: Space | None = None
+    centred: Callable[[Tensor], Tensor] | None = None
 
     def matrix(self, tensors: Sequence[Tensor] | None = None) -> Float[Tensor, "k a b"]:
         """The parameters, or tensors of their shapes, block by block."""

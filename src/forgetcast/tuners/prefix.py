@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from forgetcast.checks import complaint, require_integer
 from forgetcast.tuners.anatomy import Anatomy, Block
-from forgetcast.tuners.attention import START, Beside, weight_of
+from forgetcast.tuners.attention import START, Added, Beside, weight_of
 from forgetcast.tuners.base import Conditions, Site
 from forgetcast.tuners.placed import Heads, TunedInAttention, expanded, place
 
 PART = "prefix"
 
 
-class PrefixPart(Beside):
+class PrefixPart(Added):
     """Keys and values of one attention module."""
 
     def __init__(self, length: int, heads: Heads, gated: bool) -> None:
@@ -41,7 +41,7 @@ class PrefixPart(Beside):
         """Queries and shares, by head."""
         self.tell("queries", lambda: self.by_head(query))
         self.tell("shares", lambda: self.by_head(shares))
-        self.tell_gate(query)
+        super().show(query, shares)
 
     def sites(self, name: str, conditions: Conditions) -> tuple[Site, ...]:
         """Keys act on queries, values on shares."""
@@ -57,7 +57,7 @@ class PrefixPart(Beside):
             values = Site(
                 (names[1],), (weight_of(self.values),), self.heads, left=self.space(name, "shares", length, self.heads)
             )
-            return (keys, values, *self.gate_sites(name))
+            return (keys, values, *super().sites(name, conditions))
         if self.inputs != self.keys.embedding_dim:
             raise complaint(
                 f"inputs of width {self.inputs} for keys of {self.heads} heads of {self.width} at {name}",
@@ -65,8 +65,7 @@ class PrefixPart(Beside):
                 "Take conditions='corrected': the paper's do not exist for grouped queries.",
             )
         keys = Site((names[0],), (weight_of(self.keys),), right=self.space(name, "inputs", self.inputs, 1))
-        free = [Site((names[1],), (weight_of(self.values),))]
-        return (keys, *free, *(Site(site.names, site.parameters) for site in self.gate_sites(name)))
+        return (keys, Site((names[1],), (weight_of(self.values),)), *super().sites(name, conditions))
 
 
 @dataclass(frozen=True)
