@@ -4,7 +4,7 @@ r"""Per-sample gradients and Jacobians of chosen parameters of any module, layer
 
 Hooks keep what each layer was given; `torch.autograd.grad` is asked for the gradient at the layers' outputs, never at
 the weights; a rule a layer contracts the two into per-sample gradients. So frozen weights cost nothing, fused attention
-works, and one pass forward with c passes backward serve all samples of a chunk. What no rule covers (prompt tokens,
+works, and one pass forward with c passes backward serve all samples of a chunk. What no rule covers (bare
 scales, parametrised or functionally used weights) goes a general way that is slower and right for any module; see
 `forgetcast.tangent.survey` for how the way is chosen, and checked on two samples.
 
