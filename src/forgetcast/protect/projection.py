@@ -132,8 +132,25 @@ class Projection:
         part = self.projected(site, update)
         if site.centred is None:
             return part
-        left, right = partial(self.projected, replace(site, right=None)), partial(self.projected, replace(site, left=None))
+        left, right = (
+            partial(self.projected, replace(site, right=None)),
+            partial(self.projected, replace(site, left=None)),
+        )
         return keeping_spread(before, part, site.centred, left, right)
+
+    def restrained(self, before: Mapping[str, Tensor], step: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What is allowed of a step of all parameters, by name, as `fc.forecast(..., restraint=)` asks.
+
+        Args:
+            before: the parameters.
+            step: of them.
+        """
+        found = dict(step)
+        for site in self.sites:
+            if all(name in step for name in site.names):
+                start, moved = (site.matrix([given[name] for name in site.names]) for given in (before, step))
+                found.update(zip(site.names, site.split(self.allowed(site, start, moved)), strict=True))
+        return found
 
     def restricts(self, site: Site) -> bool:
         """Whether any direction is forbidden at a site."""

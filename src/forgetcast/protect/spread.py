@@ -1,6 +1,6 @@
 r"""Steps under which the norms of rows stay as well: tokens that pass a normalisation.
 
-LayerNorm divides a token by its spread, so that a step D changes what follows by gamma D / sigma, which a projection can
+LayerNorm divides a token by its spread: a step D changes what follows by gamma D / sigma, which a projection can
 forbid, and by a change of sigma, which it cannot: that is quadratic in D. Here the projected step is corrected within
 its own space until the norm of each row is what it was:
 

@@ -83,7 +83,7 @@ def anchored_path(
     Raises:
         ValueError: a training that diverges.
 
-    Cost: one pass forward and backward for every anchor sample; 7 n P a step besides.
+    Cost: one pass forward and backward for every anchor sample; 4 n P a step besides.
     """
     batching = batching_of(training, population or len(new))
     start = Place(net.theta(), net.weight(), net.bias())
@@ -156,7 +156,8 @@ def _sight(net: Network, training: SGD | AdamW | GradientDescent, walker: Walker
             torch.arange(len(phi), device=phi.device),
         )
         first = Place(phi.new_zeros(0), walker.place.weight, walker.place.bias)
-        path = follow(net, training, first, [near], [min(SIGHT_STEPS, training.steps)], walker.batching, [1])
+        free = replace(net, restraint=None)
+        path = follow(free, training, first, [near], [min(SIGHT_STEPS, training.steps)], walker.batching, [1])
         (place,) = path.places.values()
         return place.weight, place.bias
 

@@ -13,7 +13,7 @@ from forgetcast.checks import complaint, require_choice, require_finite, require
 from forgetcast.forecast.network.anchored import anchored_path
 from forgetcast.forecast.network.closed import closed
 from forgetcast.forecast.network.draw import draw
-from forgetcast.forecast.network.head import Network, network, probed
+from forgetcast.forecast.network.head import Network, Restraint, network, probed
 from forgetcast.forecast.network.outputs import columns, renumbered, seeing
 from forgetcast.forecast.network.pilot import trained_path
 from forgetcast.forecast.network.plan import FORWARD, HALF_OLD, Budget, plan_anchors
@@ -49,6 +49,7 @@ def forecast(
     budget: float = 0.15,
     samples_new: int | None = None,
     head: Literal["as_is", "placed"] = "as_is",
+    restraint: Restraint | None = None,
     seed: int = 0,
     on_step: Callable[[int], None] = lambda _: None,
 ) -> NetworkForecast:
@@ -73,6 +74,8 @@ def forecast(
         samples_new: draw from so many new samples at most.
         head: "placed" fits the rows of labels that the old samples do not have on frozen features first, in the
             forecast as the training is meant to; `forecast.start` holds the placed head.
+        restraint: what becomes of each step of the optimiser: (parameters before it, the step), by name, to what is
+            taken of it; for gradient projection `Projection.restrained`. None where all of it is.
         seed: of the draw.
         on_step: called with the number of each step that is done.
 
@@ -107,6 +110,7 @@ def forecast(
     old_samples, new_samples = samples_of("old", old), samples_of("new", new)
     device = next(model.parameters()).device
     net = network(model, new_samples.at(torch.arange(min(2, len(new_samples)))).to(device), chosen, read)
+    net = replace(net, restraint=restraint)
     if _shapes(old_samples) != _shapes(new_samples):
         probed(model, old_samples.at(torch.arange(min(2, len(old_samples)))).to(device), read)
     described = describe(training)
@@ -151,7 +155,14 @@ def forecast(
         drift=readings[-1].logits - before.logits,
         logits_before=before.logits,
         targets=old_samples.targets,
-        settings={"training": described, "estimator": estimator, "budget": budget, "head": head, "seed": seed},
+        settings={
+            "training": described,
+            "estimator": estimator,
+            "budget": budget,
+            "head": head,
+            "seed": seed,
+            "restraint": restraint is not None,
+        },
         cost=Cost(perf_counter() - started, passes, estimator),
         estimator=estimator,
         trust=Trust(sampling, path.surrogate_error, blind, blind_start, plan.exact, silent),
@@ -200,7 +211,15 @@ def _choose(estimator: Estimator, net: Network, training: Training) -> Estimator
             "Choose 'auto'.",
         )
     by_steps = isinstance(training, SGD | AdamW | GradientDescent)
+    if estimator in ("linear", "static") and net.restraint is not None:
+        raise complaint(
+            f"estimator={estimator!r} with a restraint of steps",
+            "one that follows them",
+            "Choose 'anchored' or 'auto'.",
+        )
     if estimator == "auto":
+        if net.restraint is not None:
+            return "anchored"
         if only_head:
             return "linear"
         squared = isinstance(training, GradientDescent) and training.loss == "squared"

@@ -21,6 +21,10 @@ from forgetcast.tangent.inputs import at, called, sample_count, tensors
 from forgetcast.tangent.jacobian import logits_of
 
 Read = Callable[[Any], Tensor]
+Named = Mapping[str, Tensor]
+Parts = tuple[Tensor, Tensor, Tensor]
+Restraint = Callable[[Named, Named], Named]
+"""(parameters before a step, the step) -> what is taken of it, by the names of the parameters."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +40,7 @@ class Network:
         of_head: trainable parameters of the head: "weight", "bias".
         outputs: C.
         width: d, of the features.
+        restraint: what becomes of every step of the training; None where it is taken as it is.
     """
 
     model: nn.Module
@@ -45,6 +50,7 @@ class Network:
     of_head: dict[str, nn.Parameter]
     outputs: int
     width: int
+    restraint: Restraint | None = None
 
     @property
     def device(self) -> torch.device:
@@ -81,6 +87,28 @@ class Network:
                 self.of_head["weight"].copy_(weight)
             if "bias" in self.of_head:
                 self.of_head["bias"].copy_(bias)
+
+    def restrain(self, before: Parts, after: Parts) -> None:
+        """Take back of a step, from `before` to `after` (theta, weight, bias), what the restraint does not let pass."""
+        if self.restraint is None:
+            return
+        start, end = self._named(before), self._named(after)
+        allowed = self.restraint(start, {name: value - start[name] for name, value in end.items()})
+        for name, value in end.items():
+            value.copy_(start[name] + allowed[name])
+
+    def _named(self, parts: Parts) -> dict[str, Tensor]:
+        """Views of parameters by their names in the model."""
+        theta, weight, bias = parts
+        pieces = torch.split(theta, [parameter.numel() for parameter in self.body.values()])
+        found = {name: part.view_as(value) for (name, value), part in zip(self.body.items(), pieces, strict=True)}
+        own = {
+            id(value): part
+            for key, part in (("weight", weight), ("bias", bias))
+            if (value := self.of_head.get(key)) is not None
+        }
+        head = {name: own[id(value)] for name, value in self.model.named_parameters() if id(value) in own}
+        return found | head
 
     @contextmanager
     def restored(self) -> Iterator[None]:

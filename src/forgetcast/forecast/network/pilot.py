@@ -64,7 +64,12 @@ def trained_path(
                     parameter.grad.add_(parameter.detach() - first, alpha=training.drift_penalty)
             clip_gradients(training, chosen)
             optimizer.param_groups[0]["lr"] = rate_at(training.learning_rate, step)
+            before = None if net.restraint is None else (net.theta(), net.weight(), net.bias())
             optimizer.step()
+            if before is not None:
+                after = net.theta(), net.weight(), net.bias()
+                net.restrain(before, after)
+                net.put(*after)
             if step + 1 in readings:
                 place = Place(net.theta(), net.weight(), net.bias())
                 if not all(bool(torch.isfinite(values).all()) for values in (place.theta, place.weight)):

@@ -159,7 +159,7 @@ class NetworkForecast(Forecast):
             ValueError: an estimator without surrogates (pilot, static, linear); a schedule; more steps than a given
                 order has.
 
-        Cost: 7 n P a step with n samples an anchor; no passes.
+        Cost: 4 n P a step with n samples an anchor; no passes.
         """
         started = perf_counter()
         training = self._variable()

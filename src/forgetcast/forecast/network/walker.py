@@ -33,6 +33,11 @@ class Place:
     weight: Float[Tensor, "C d"]
     bias: Float[Tensor, " C"]
 
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All three."""
+        return self.theta, self.weight, self.bias
+
     def copy(self) -> "Place":
         """The same numbers elsewhere."""
         return Place(self.theta.clone(), self.weight.clone(), self.bias.clone())
@@ -93,7 +98,7 @@ class Walker:
     blind: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        parts = (self.place.theta, self.place.weight, self.place.bias)
+        parts = self.place.parts
         batching = replace(self.batching, noisy=self.generator is not None)
         self.states = [ExpectedStep(self.training, part.clone(), batching) for part in parts]
         trains = (len(self.place.theta) > 0, "weight" in self.net.of_head, "bias" in self.net.of_head)
@@ -163,7 +168,7 @@ class Walker:
             samples[1:], recent[1:] = [count] * 2, [remembered] * 2
         self.blind.append(blind)
         self.body = body if self.moving[0] else None
-        values = (place.theta, place.weight, place.bias)
+        values = place.parts
         parts = [
             part
             for part, moves in zip(
@@ -175,8 +180,11 @@ class Walker:
         if not isinstance(self.training, GradientDescent) and self.training.max_gradient_norm is not None:
             square = sum(state.expected_square(value, slope, count) for state, value, slope, count, _ in parts)
             factor = clip_factor(self.training, max(square, 0.0) ** 0.5)
+        before = None if self.net.restraint is None else self.place.copy()
         for state, value, slope, count, of_late in parts:
             state.step(value, slope, count, of_late, factor)
+        if before is not None:
+            self.net.restrain(before.parts, place.parts)
 
     def _head(self, held: Stock, near: Window, features: Tensor) -> tuple[tuple[Slope, Slope], float, float]:
         """Slopes of the head over a turn of the stock; samples behind them; and those that the momentum remembers."""
