@@ -126,6 +126,10 @@ def test_saved_and_loaded(kind, name, tmp_path):
     assert torch.equal(hidden(other.model, inputs(kind, 3)), expected)
     with pytest.raises(ValueError, match="expected a folder that"):
         other.load(tmp_path / "nowhere")
+    other.detach()
+    with pytest.raises(ValueError, match=r"in no model any more.*Save before detach"):
+        other.save(tmp_path / "empty")
+    assert not (tmp_path / "empty").exists()
 
 
 def test_parameters_of_another_tuner_change_nothing(tmp_path):

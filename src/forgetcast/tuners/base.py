@@ -140,13 +140,28 @@ class Tuned(ABC):
         return {name: parameter.detach() for name, parameter in self.named_parameters().items()}
 
     def save(self, folder: str | Path) -> None:
-        """Write the parameters as `tuner.safetensors`, which appears whole or not at all."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write the parameters as `tuner.safetensors`, which appears whole or not at all.
+
+        Raises:
+            ValueError: a tuner that has been taken out.
+        """
+        folder = self.folder(folder)
         part = folder / f"{TUNER_FILE}.part"
         state = {name: value.contiguous() for name, value in self.state().items()}
         save_file(state, part, metadata={"tuner": repr(self.options)})
         part.replace(folder / TUNER_FILE)
+
+    def folder(self, folder: str | Path) -> Path:
+        """Make a folder to save in; a tuner that has been taken out has nothing to save."""
+        if not self.named_parameters():
+            raise complaint(
+                f"a {type(self).__name__} that is in no model any more",
+                "one in place",
+                "Save before detach() or merge().",
+            )
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     def load(self, folder: str | Path) -> None:
         """Read parameters that `save` wrote.

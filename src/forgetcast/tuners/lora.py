@@ -15,7 +15,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from forgetcast.checks import complaint, require_choice, require_integer, require_number
+from forgetcast.checks import complaint, require_choice, require_integer, require_module, require_number
 from forgetcast.tuners.anatomy import Anatomy, Block, anatomy
 from forgetcast.tuners.base import Conditions, Site, Tuned, freeze, linear_sites, require_untuned
 
@@ -115,8 +115,7 @@ class TunedByLoRA(Tuned):
 
     def save(self, folder: str | Path) -> None:
         """Write what `peft.PeftModel.from_pretrained(model, folder)` reads: safetensors and its settings as JSON."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = self.folder(folder)
         config = self.wrapper.peft_config[ADAPTER]
         config.save_pretrained(folder)
         state = {f"{PREFIX}{_without_adapter(name)}": value.contiguous() for name, value in self.state().items()}
@@ -190,11 +189,5 @@ def _without_adapter(name: str) -> str:
 
 
 def _peft() -> Any:
-    try:
-        import peft
-        import peft.tuners.lora
-    except ImportError as error:
-        raise complaint(
-            f"cannot import peft ({error})", "peft", "Install it: pip install 'forgetcast[huggingface]'."
-        ) from error
-    return peft
+    require_module("peft.tuners.lora", "huggingface")
+    return require_module("peft", "huggingface")

@@ -83,7 +83,8 @@ class Walker:
         generator: gives the steps the noise of a run's batches; none by default.
         stock: features for the head's own training; without it the head sees the anchors' samples alone.
         share: of the stock that takes part, every so many; the run's own batches take all.
-        remembers: whether what the run has fitted of its samples is taken into account (`memory`).
+        remembers: whether what the run has fitted of its samples is taken into account (`memory`), where the batches
+            are not its own.
         blind: for each step, the share of the gradient outside the directions kept.
     """
 
@@ -115,10 +116,10 @@ class Walker:
 
     def take(self, newest: Surrogate, most: int) -> None:
         """From here on use this surrogate too, and of all so far the last `most`."""
-        exact = self.states[0].batching.exact
-        squares = newest.gradients[:0] if exact else newest.gradients.square()
-        shift = self.fitted(newest, squares) if self.remembers else None
-        if not exact:
+        shift = None
+        if not self.states[0].batching.exact:
+            squares = newest.gradients.square()
+            shift = self.fitted(newest, squares) if self.remembers else None
             self._learn(newest, squares, shift)
         self.taken.append(newest.effective)
         self.near = window(newest, shift) if self.near is None else self.near.then(newest, shift, most)
