@@ -11,6 +11,7 @@ from benchmarks import (
     linear_against_training,
     linear_many_steps,
     loop_overhead,
+    projection_speed,
     what_if_speed,
 )
 from benchmarks.machine import save
@@ -25,7 +26,16 @@ def rows(value: Any, path: str = "") -> list[tuple[str, str]]:
     return [(path, f"{value:.4g}" if isinstance(value, float) else str(value))]
 
 
-for module in (linear_many_steps, linear_against_training, loop_overhead, kernel_race, what_if_speed, forty_kills):
+MODULES = (
+    linear_many_steps,
+    linear_against_training,
+    loop_overhead,
+    kernel_race,
+    what_if_speed,
+    projection_speed,
+    forty_kills,
+)
+for module in MODULES:
     name = module.__name__.split(".")[-1]
     result = module.run()
     save(name, result)

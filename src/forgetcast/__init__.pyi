@@ -24,6 +24,8 @@ from .forecast.training import AdamW as AdamW
 from .forecast.training import GradientDescent as GradientDescent
 from .forecast.training import GradientFlow as GradientFlow
 from .forecast.training import Ridge as Ridge
+from .protect.projected import GradientProjection as GradientProjection
+from .protect.projected import StandingRows as StandingRows
 from .protect.projection import Projection as Projection
 from .protect.projection import protect as protect
 from .protect.spectral import SpectralAnchor as SpectralAnchor

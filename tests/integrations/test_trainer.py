@@ -7,7 +7,7 @@ from torch import Tensor, nn
 transformers = pytest.importorskip("transformers")
 
 from forgetcast.integrations.trainer import projection_callback  # noqa: E402
-from forgetcast.protect.projection import Projection  # noqa: E402
+from forgetcast.protect.projection import Projection, protect  # noqa: E402
 from forgetcast.tuners.adapter import Adapter  # noqa: E402
 from forgetcast.tuners.anatomy import Anatomy, Block  # noqa: E402
 
@@ -63,3 +63,28 @@ def test_old_outputs_stay_under_the_callback_and_move_without_it(tmp_path):
     assert train([projection_callback(projection)]) < 1e-5
     assert max(float((tuned.state()[name] - value).abs().max()) for name, value in start.items()) > 1e-2
     assert train([]) > 1e-2  # the callback's hooks are gone
+
+
+class Failing(transformers.TrainerCallback):
+    def on_step_end(self, *_, **__):
+        raise RuntimeError("in the middle")
+
+
+def test_training_that_raises_leaves_the_optimiser_as_it_was(tmp_path):
+    model = Regression()
+    tuned = Adapter(rank=8).attach(model, Anatomy((Block("block", "block.0", "block.2"),)))
+    old = torch.utils.data.default_collate(samples(0, 5))
+    projection = Projection(tuned.sites(), threshold=1.0).after(model, [old], lambda found, batch: found(**batch))
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=3, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True
+    )
+    trainer = transformers.Trainer(
+        model=model, args=arguments, train_dataset=samples(1, 8), callbacks=[projection_callback(projection), Failing()]
+    )
+    with pytest.raises(RuntimeError, match="in the middle"):
+        trainer.train()
+    optimizer = trainer.optimizer.optimizer
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+    with protect(optimizer, projection):
+        pass

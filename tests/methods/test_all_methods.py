@@ -8,6 +8,7 @@ import pytest
 import torch
 from small import stream
 from torch import Tensor, nn
+from tuned import tuned_where_needed
 
 from forgetcast.backbones.weights import weights_hash
 from forgetcast.learn.evaluate import logits_of
@@ -22,6 +23,7 @@ SMALL = {
     "slca": {"samples": 32, "epochs": 2, "backbone_rate": 1e-2},
     "ranpac": {"size": 200},
     "replay": {"capacity": 40},
+    "pegp": {"threshold": 0.6},
 }
 CASES = (*METHODS, *(f"{name} after a first session" for name in ("ranpac", "simplecil")))
 
@@ -30,7 +32,8 @@ def new(name: str) -> Method:
     torch.manual_seed(5)
     name, _, session = name.partition(" after ")
     options = {**SMALL.get(name, {}), **({"first_session": True} if session else {})}
-    return create(name, nn.Sequential(nn.Linear(64, 20), nn.ReLU()), 20, **options)
+    backbone = tuned_where_needed(name, nn.Sequential(nn.Linear(64, 20), nn.ReLU()), 20)
+    return create(name, backbone, 20, **options)
 
 
 def read(places: np.ndarray) -> Tensor:

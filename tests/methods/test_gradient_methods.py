@@ -6,6 +6,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
+from tuned import tuned_where_needed
 
 from forgetcast.methods.base import Batch, Method, TaskData
 from forgetcast.methods.registry import METHODS, create, method_class
@@ -19,6 +20,7 @@ OPTIONS = {
     "ewc": {"strength": 10.0},
     "kronecker_ewc": {"strength": 1.0},
     "spectral_network": {"strength": 0.03, "modes": 50, "probes": 50},
+    "pegp": {"threshold": 0.6},
 }
 CLASSES = [(0, 1, 2, 3, 4), (5, 6, 7, 8, 9)]
 
@@ -29,13 +31,14 @@ def digits():
     return torch.tensor(images[:600], dtype=torch.float32) / 16, torch.tensor(labels[:600])
 
 
-def backbone():
-    return nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 16), nn.Tanh())
+def backbone(name):
+    layers = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 16), nn.Tanh())
+    return tuned_where_needed(name, layers, 16)
 
 
 def made(name):
     torch.manual_seed(0)
-    return create(name, backbone(), 16, **OPTIONS.get(name, {}))
+    return create(name, backbone(name), 16, **OPTIONS.get(name, {}))
 
 
 def task_of(digits, index, joint=False):
@@ -87,9 +90,9 @@ def old_accuracy_of_fine_tuning(digits):
 def test_every_trainable_parameter_receives_gradient_in_both_tasks(name, digits):
     method = made(name)
     frozen = {n: p.detach().clone() for n, p in method.model.named_parameters() if not p.requires_grad}
-    assert set(frozen) == (
-        {n for n, _ in method.model.named_parameters() if "backbone" in n} if name in ("probe", "spectral") else set()
-    )
+    inside = {n for n, _ in method.model.named_parameters() if "backbone" in n}
+    tuner = {n for n in inside if "adapter" in n}
+    assert set(frozen) == (inside if name in ("probe", "spectral") else inside - tuner if tuner else set())
     for index in range(2):
         reached = set()
 
@@ -115,7 +118,7 @@ def test_resume_after_the_first_task_is_bit_identical(name, digits):
     torch.save(method.state_dict(), file)
     file.seek(0)
     torch.manual_seed(77)
-    resumed = create(name, backbone(), 16, **OPTIONS.get(name, {}))
+    resumed = create(name, backbone(name), 16, **OPTIONS.get(name, {}))
     resumed.load_state_dict(torch.load(file, weights_only=True))
     for each in (method, resumed):
         learn(each, digits, 1, epochs=1)

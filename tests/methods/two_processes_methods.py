@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from small import stream
 from torch import Tensor, nn
+from tuned import tuned_where_needed
 
 from forgetcast.learn.loop import learn
 from forgetcast.learn.optimizer import Optimization
@@ -23,6 +24,7 @@ OPTIONS = {
     "der++": {"capacity": 60, "count": 8},
     "icarl": {"capacity": 30, "count": 8},
     "ewc": {"strength": 1.0},
+    "pegp": {"threshold": 0.6},
     "kronecker_ewc": {"strength": 1.0},
     # all modes: of fewer, what rounding does to the eigenvectors is divided by gaps between eigenvalues
     "spectral_network": {"strength": 0.05, "modes": 1000, "probes": 20},
@@ -31,7 +33,8 @@ OPTIONS = {
 
 def trained(name: str, accelerator: Accelerator | None = None) -> Method:
     torch.manual_seed(5)
-    method = create(name, nn.Sequential(nn.Linear(64, 20), nn.Tanh()), 20, **OPTIONS.get(name, {}))
+    backbone = tuned_where_needed(name, nn.Sequential(nn.Linear(64, 20), nn.Tanh()), 20)
+    method = create(name, backbone, 20, **OPTIONS.get(name, {}))
     learn(method, stream(), OPTIMIZATION, seed=3, accelerator=accelerator)
     return method
 

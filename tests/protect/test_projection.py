@@ -1,15 +1,21 @@
 """Projected steps leave old answers alone, whatever the optimiser; projected gradients do not."""
 
+from importlib import import_module
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import forgetcast as fc
 from forgetcast.protect.projection import Projection, protect
+from forgetcast.protect.spaces import Basis
 from forgetcast.tuners.adapter import Adapter
 from forgetcast.tuners.anatomy import Anatomy, Block
 from forgetcast.tuners.base import Site, linear_sites
 
+spaces = import_module("forgetcast.protect.spaces")  # an import would find fc.protect, the function
 WIDTH, STEPS = 24, 200
 OPTIMIZERS = {
     "momentum": lambda chosen: torch.optim.SGD(chosen, lr=0.05, momentum=0.9, weight_decay=5e-4),
@@ -192,10 +198,81 @@ def test_state_is_taken_over_and_foreign_state_refused():
         Projection(linear_sites("layer", other), threshold=1.0).with_state(projection.state_dict())
     held = projection.state_dict()
     with pytest.raises(ValueError, match="which no site has"):
-        again.with_state(held | {"another/0": held["layer/0"]})
-    for wrong in ({}, {"layer/0": 2 * held["layer/0"]}, {"layer/0": torch.randn(6, 9)}):
+        again.with_state(held | {"bases": held["bases"] | {"another/0": held["bases"]["layer/0"]}})
+    for wrong in (
+        {"another/0": torch.eye(6)},
+        {"layer/0": 2 * held["bases"]["layer/0"]},
+        {"layer/0": torch.randn(6, 9)},
+    ):
         with pytest.raises(ValueError, match="with orthonormal columns"):
-            again.with_state(wrong)
+            again.with_state(held | {"bases": wrong})
+    assert again.with_state(Projection(projection.sites, threshold=1.0).state_dict()).table().empty
+    for name, other_value in (("threshold", 0.9), ("strength", 0.5), ("energy", "sigma4")):
+        settings = {"settings": held["settings"] | {name: other_value}}
+        with pytest.raises(
+            ValueError, match=f"a state saved with {name}={other_value!r} for a projection with {name}="
+        ):
+            again.with_state(held | settings)
+    with pytest.raises(ValueError, match="a state saved with threshold=None"):
+        again.with_state({})
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.3])
+@given(rank=st.integers(0, 9), seed=st.integers(0, 100))
+def test_the_smaller_of_basis_and_complement_gives_the_same(rank, seed, strength):
+    """U - rho U L L^T, whichever is multiplied with; for blocks of different ranks too."""
+    draw = torch.Generator().manual_seed(seed)
+    ranks = (rank, (rank + 4) % 10)
+    blocks = tuple(torch.linalg.qr(torch.randn(9, one, generator=draw, dtype=torch.float64)).Q for one in ranks)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
+        update = torch.randn(2, 5, 9, generator=draw, dtype=torch.float64).to(dtype)
+        found = Basis(blocks, 9).removed(update, strength)
+        pairs = zip(update.double(), blocks, strict=True)
+        dense = torch.stack([one - strength * one @ block @ block.T for one, block in pairs])
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), dense, atol=tolerance, rtol=tolerance)
+
+
+def test_half_precision_weights_are_rounded_once():
+    """What a bfloat16 weight ends at is the nearest to its start plus the projected step of the optimiser."""
+    layer = nn.Linear(WIDTH, 7, bias=False).bfloat16()
+    (site,) = linear_sites("layer", layer)
+    projection = Projection((site,), threshold=1.0).after(layer, [task(1).bfloat16()])
+    start = layer.weight.detach().clone()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+
+    def stepped() -> Tensor:
+        with torch.no_grad():
+            layer.weight.copy_(start)
+        layer.weight.grad = torch.randn(7, WIDTH, generator=torch.Generator().manual_seed(0)).bfloat16()
+        optimizer.step()
+        return layer.weight.detach().double()
+
+    exact = start.double() + projection.projected(site, (stepped() - start)[None])[0]
+    with protect(optimizer, projection):
+        gap = (stepped() - exact).abs()
+    assert (gap <= 0.51 * torch.finfo(torch.bfloat16).eps * exact.abs() + 1e-7).all()
+
+
+def test_factors_are_made_once_for_all_steps(monkeypatch):
+    layer = nn.Linear(WIDTH, 7)
+    projection = Projection(linear_sites("layer", layer), threshold=1.0).after(layer, [task(1)])
+    made = []
+    stacked = spaces._stacked
+    monkeypatch.setattr(spaces, "_stacked", lambda blocks: made.append(1) or stacked(blocks))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    for _ in range(2):
+        with protect(optimizer, projection):
+            for _ in range(3):
+                layer(task(2)).square().sum().backward()
+                optimizer.step()
+    assert len(made) == 1
+
+
+def test_a_gate_that_stands_still_is_no_reason_to_warn():
+    gate = nn.Linear(1, 3, bias=False)
+    projection = Projection(linear_sites("gate", gate), threshold=1.0).after(gate, [torch.ones(4, 1)])
+    assert projection.table()["free"].tolist() == [0]
 
 
 def test_a_parameter_at_two_sites_is_refused():

@@ -1,13 +1,15 @@
 """Bases grown from streamed second moments."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from forgetcast.protect.spaces import Basis, moments_of
-from forgetcast.tuners.base import inputs_of
+from forgetcast.protect.spaces import Basis, Moment, moments_of
+from forgetcast.tuners.base import Space, inputs_of
 
 
 def rows_with(values: list[float], width: int, seed: int = 0) -> Tensor:
@@ -22,7 +24,7 @@ def rows_with(values: list[float], width: int, seed: int = 0) -> Tensor:
 
 def grown(rows: Tensor, threshold: float, energy: str = "sigma2", basis: Basis | None = None) -> Basis:
     basis = Basis.empty(1, rows.shape[1]) if basis is None else basis
-    return basis.grown((rows.T @ rows)[None], threshold, energy)
+    return basis.grown(Moment((rows.T @ rows)[None]), threshold, energy)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +39,7 @@ def grown(rows: Tensor, threshold: float, energy: str = "sigma2", basis: Basis |
 def test_the_same_threshold_means_different_things(power, energy, expected):
     """The table of conventions in docs/projection.md: 768 directions with singular values i^-power."""
     values = torch.arange(1, 769, dtype=torch.float64) ** -power
-    moment = torch.diag(values.square())[None]
+    moment = Moment(torch.diag(values.square())[None])
     found = [Basis.empty(1, 768).grown(moment, threshold, energy).ranks[0] for threshold in (0.5, 0.9, 0.95, 0.99)]
     assert found == expected
 
@@ -64,6 +66,7 @@ def test_a_second_task_adds_what_the_first_does_not_hold():
     for rows in (first, second):
         assert torch.allclose(rows @ span @ span.T, rows, atol=1e-10)
     assert torch.linalg.matrix_rank(torch.cat([stacked, span], 1), tol=1e-8) <= 10
+    assert torch.equal(span[:, :3], grown(first, 1.0).directions[0])
     assert grown(first, 1.0, basis=basis).ranks == (5,)
     assert grown(first, 0.9, basis=basis).ranks == (5,)
 
@@ -83,15 +86,70 @@ def test_streamed_moments_are_those_of_all_rows_and_know_no_order_of_samples():
     whole = moments_of(layer, [space], [rows])[space]
     parts = moments_of(layer, [space], rows[torch.randperm(7)].split(2))[space]
     flat = rows.reshape(-1, 6)
-    assert torch.allclose(whole[0], flat.T @ flat)
-    assert torch.allclose(parts, whole)
+    assert torch.allclose(whole.total[0], flat.T @ flat)
+    assert torch.allclose(parts.total, whole.total)
+    first, second = (moments_of(layer, [space], [part])[space] for part in rows.split(4))
+    assert torch.allclose((first + second).total, whole.total)
     assert layer.training
     assert not layer._forward_pre_hooks
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [24, 192])
+def test_rounding_of_the_rows_is_no_direction(dtype, width):
+    """Rows of rank 5 behind two layers that round: 5 directions, and not all."""
+    draw = torch.Generator().manual_seed(width)
+    layer = nn.Linear(width, 2, bias=False).to(dtype)
+    space = inputs_of(layer, "layer", width)
+    parts = [torch.randn(*shape, generator=draw).to(dtype) for shape in ((400, 5), (5, width), (width, width))]
+    rows = (parts[0] @ parts[1]) if dtype == torch.bfloat16 else parts[0] @ parts[1] @ parts[2]
+    moment = moments_of(layer, [space], rows.split(100))[space]
+    assert Basis.empty(1, width).grown(moment, 1.0).ranks == (5,)
+    if dtype == torch.bfloat16:
+        assert Basis.empty(1, width).grown(Moment(moment.total), 1.0).ranks == (width,)
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_padding_is_no_row(heads):
+    """The moments of padded batches are those of the real tokens, in all heads' copies of them."""
+    space = Space("rows", 4, 2, lambda seen: Showing(seen))
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.randn(2, 3, heads, 5, 4, generator=draw, dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [0, 1, 1, 0, 1]])
+
+    def forward(_, batch) -> None:
+        for seen in Showing.to:
+            seen(batch["rows"])
+
+    batch = {"rows": rows.flatten(2, 3), "attention_mask": mask}
+    found = moments_of(nn.Identity(), [space], [batch], forward)[space].total
+    real = rows.movedim(2, 1)[:, :, mask.bool()].flatten(1, 2)
+    torch.testing.assert_close(found, real.mT @ real)
+    whole = moments_of(nn.Identity(), [space], [batch], forward, mask=lambda _: None)[space].total
+    every = rows.flatten(1, 3)
+    torch.testing.assert_close(whole, every.mT @ every)
+    one_more = {"rows": rows.flatten(2, 3), "attention_mask": mask[:, :4]}  # of other tokens: nothing is left out
+    torch.testing.assert_close(moments_of(nn.Identity(), [space], [one_more], forward)[space].total, whole)
+
+
+class Showing:
+    """Gives the function what the forward pass of a test shows."""
+
+    to: ClassVar[list] = []
+
+    def __init__(self, seen) -> None:
+        self.seen = seen
+
+    def __enter__(self) -> None:
+        self.to.append(self.seen)
+
+    def __exit__(self, *_: object) -> None:
+        self.to.remove(self.seen)
 
 
 @pytest.mark.usefixtures("unchecked_types")
 def test_moments_of_other_shapes_are_refused():
     with pytest.raises(ValueError, match=r"moments of shape \(1, 5, 5\); expected \(1, 6, 6\)"):
-        Basis.empty(1, 6).grown(torch.eye(5)[None], 0.9)
+        Basis.empty(1, 6).grown(Moment(torch.eye(5)[None]), 0.9)
     with pytest.raises(ValueError, match="energy="):
-        Basis.empty(1, 5).grown(torch.eye(5)[None], 0.9, "sigma3")
+        Basis.empty(1, 5).grown(Moment(torch.eye(5)[None]), 0.9, "sigma3")

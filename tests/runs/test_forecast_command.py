@@ -17,7 +17,7 @@ from forgetcast.forecast.network import trust
 from forgetcast.forecast.result import share_right
 from forgetcast.learn.checkpoint import checkpoints
 from forgetcast.methods.base import Batch, TaskData
-from forgetcast.methods.registry import METHODS, create, method_class
+from forgetcast.methods.registry import METHODS, create, method_class, needs_tuner
 from forgetcast.runs.assembly import assemble
 from forgetcast.runs.execute import execute
 from forgetcast.runs.forecast import forecast_recipe
@@ -25,6 +25,8 @@ from forgetcast.runs.frontier import frontier, within
 from forgetcast.runs.recipe import build_recipe
 from forgetcast.runs.record import read_record
 from forgetcast.runs.upcoming import upcoming
+from forgetcast.tuners.adapter import Adapter
+from forgetcast.tuners.anatomy import Anatomy, Block
 from test_command_line_is_quick import HEAVIER, imported
 
 TIMES = ("seconds", "created")
@@ -199,7 +201,11 @@ def test_what_else_acts_in_the_steps_of_a_pretrained_backbone_is_left_out(vit, b
 @pytest.mark.parametrize("name", [name for name in METHODS if method_class(name).by_gradient])
 def test_methods_say_rightly_what_their_plain_loss_is(name):
     torch.manual_seed(0)
-    method = create(name, nn.Sequential(nn.Linear(6, 5), nn.ReLU()), 5)
+    backbone = nn.Sequential(nn.Linear(6, 5), nn.ReLU())
+    if needs_tuner(name):
+        backbone.append(nn.Linear(5, 5))
+        Adapter(rank=4).attach(backbone, Anatomy((Block("", "0", "2"),)))
+    method = create(name, backbone, 5)
     draw = torch.Generator().manual_seed(1)
     for index, classes in enumerate([(0, 1), (2, 3)]):
         labels = torch.randint(classes[0], classes[1] + 1, (12,), generator=draw)

@@ -1,6 +1,7 @@
 """The sections `model` and `preprocessing`: what a backbone, a method or each other leaves unread is refused."""
 
 import sys
+from dataclasses import fields
 from types import ModuleType
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 from forgetcast.runs.execute import execute
 from forgetcast.runs.recipe import build_recipe
 from forgetcast.runs.record import read_record
+from forgetcast.tuners.registry import TUNERS, tuner_class
 
 CLOSED = {"name": "closed", "size": 3}
 
@@ -43,13 +45,24 @@ CLOSED = {"name": "closed", "size": 3}
         ),
         (
             {"model": {"backbone": "hf:x", "tuner": {"kind": "lora", "scale": 2.0}}},
-            "got model.tuner.scale=2.0; .*it belongs to adapter",
+            r"lora has no option model.tuner.scale; expected one of \['alpha', 'dropout', 'layers', 'rank'",
         ),
         (
             {"model": {"backbone": "hf:x", "tuner": {"kind": "adapter", "activation": "rely"}}},
             "got activation='rely'; .*Did you mean 'relu'",
         ),
+        (
+            {"model": {"backbone": "hf:x", "tuner": {"kind": "lora", "rank": "4"}}},
+            "got model.tuner.rank='4'; expected a value of type int",
+        ),
+        ({"model": {"backbone": "hf:x", "tuner": {"kind": "lora", "rank": 0}}}, "got rank=0; expected an integer of"),
+        ({"model": {"backbone": "hf:x", "tuner": {"kind": "adaptor"}}}, "got model.tuner.kind='adaptor'; .*'adapter'"),
+        ({"model": {"backbone": "hf:x", "tuner": {"rank": 4}}}, "no model.tuner.kind; expected a value"),
         ({"model": {"backbone": "hf:x", "tuner": {"kind": "lora"}}, "method": CLOSED}, "got model.tuner=.*closed form"),
+        (
+            {"model": {"backbone": "hf:x"}, "method": {"name": "pegp"}},
+            "got method.name='pegp' without model.tuner; expected a pretrained backbone with a tuner. Add model.tuner",
+        ),
         ({"model": {"backbone": "hf:x", "tuner": {"kind": "lora"}, "cache": True}}, "got model.cache=True"),
         ({"preprocessing": {"flip": 0.5}, "method": CLOSED}, "got preprocessing.flip=0.5; .*reads images once"),
         ({"preprocessing": {"padding": 2}}, "got preprocessing.padding=2; .*it belongs to random_crop"),
@@ -94,6 +107,20 @@ def test_defaults(tree, model, method, trainable, cached):
     assert recipe.trainable == trainable
     assert recipe.cached is cached
     assert build_recipe(recipe.dump()) == recipe
+
+
+@pytest.mark.parametrize("name", TUNERS)
+def test_every_tuner_can_be_said_in_a_recipe_with_all_its_options(tree, name):
+    defaults = {field.name: field.default for field in fields(tuner_class(name))}
+    said = {key: list(value) if isinstance(value, tuple) else value for key, value in defaults.items()}
+    for options in ({}, said):
+        tuner = {"kind": name, **options}
+        recipe = build_recipe(tree | {"model": {"backbone": "hf:x", "tuner": tuner}, "method": {"name": "sequential"}})
+        assert recipe.model.tuner.made() == tuner_class(name)()
+        assert build_recipe(recipe.dump()) == recipe
+    for key in said:
+        with pytest.raises(ValueError, match=f"got model.tuner.{key}=.*; expected a value of type"):
+            build_recipe(tree | {"model": {"backbone": "hf:x", "tuner": {"kind": name, key: {"no": ["option"]}}}})
 
 
 def test_a_cached_random_network(tree, tmp_path):

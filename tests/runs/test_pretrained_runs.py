@@ -5,9 +5,12 @@ from io import StringIO
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from rich.console import Console
 
 from forgetcast.learn.seeding import seed_everything
+from forgetcast.protect.parameters import evaluating
+from forgetcast.runs.assembly import assemble
 from forgetcast.runs.data import stream_of
 from forgetcast.runs.execute import execute
 from forgetcast.runs.forecast import forecast_recipe
@@ -249,6 +252,8 @@ def test_data_that_the_backbone_does_not_take(texts, pictures, bert, vit, tmp_pa
     [
         ({"kind": "lora", "rank": 2, "layers": [-1], "targets": ["query"]}, 2 * 16 * 2),
         ({"kind": "adapter", "rank": 3, "activation": "relu"}, 2 * 2 * 16 * 3),
+        ({"kind": "prefix", "length": 3, "gated": False}, 2 * 2 * 16 * 3),
+        ({"kind": "prompt", "length": 3, "layers": [0]}, 16 * 3 + 2),
     ],
 )
 def test_a_tuner_trains_and_the_backbone_stays(texts, bert, tmp_path, tuner, numbers):
@@ -264,6 +269,44 @@ def test_a_tuner_trains_and_the_backbone_stays(texts, bert, tmp_path, tuner, num
     assert record["recipe"]["model"]["tuner"]["kind"] == tuner["kind"]
     again = read_record(execute(build_recipe(record["recipe"] | {"name": "again"}), tmp_path))
     assert again["accuracy_matrix"] == record["accuracy_matrix"]
+
+
+FEW = {"animals": ["cat", "dog"], "sky": ["sun", "rain wind"], "sport": ["goal", "match"], "law": ["vote", "court"]}
+
+
+@pytest.mark.filterwarnings("ignore:.*directions free:UserWarning")  # after the second task
+@pytest.mark.parametrize("head", ["rows", "projected"])
+def test_projected_texts_keep_the_logits_of_earlier_ones(bert, tmp_path, head):
+    """Of the first task over its classes, with placed rows: 13 of 16 directions, and all 16 were padding counted."""
+    rows = [("train", text, topic) for topic, own in FEW.items() for text in own]
+    rows += [("test", "the", topic) for topic in FEW]
+    path = tmp_path / "few.csv"
+    path.write_text("split,said,topic\n" + "\n".join(",".join(row) for row in rows))
+
+    def moved(method) -> float:
+        given = recipe(
+            {"kind": "csv", "path": str(path), "text": "said", "label": "topic", "split": "split"},
+            bert,
+            method,
+            scenario={"groups": [["animals", "sky"], ["sport", "law"]]},
+            training={"learning_rate": 0.01, "epochs": 40, "batch_size": 2, "weight_decay": 0.1},
+            preprocessing=SHORT,
+            tuner={"kind": "lora", "rank": 15},
+            new_rows="placed",
+        )
+        made = assemble(given, tmp_path / method["name"], Accelerator(cpu=True))
+        model, inputs, before = made.method.model, made.prepared.read(made.stream[0].train), []
+
+        def logits() -> torch.Tensor:
+            with torch.no_grad(), evaluating(model):
+                return model(inputs)[:, :2]
+
+        made.learn(on_event=lambda event: before.append(logits()) if event["event"] == "task" else None)
+        assert [len(task.train) for task in made.stream] == [4, 4]
+        return float((logits() - before[0]).norm() / before[0].norm())
+
+    assert moved({"name": "pegp", "threshold": 1.0, "head": head}) < 1e-5
+    assert moved({"name": "sequential"}) > 1e-2
 
 
 @pytest.mark.parametrize("tuner", [{"kind": "lora", "rank": 2}, {"kind": "adapter", "rank": 3}])

@@ -45,6 +45,7 @@ def test_recipes_for_own_data_run(texts, pictures, bert, vit, tmp_path):
             "training.epochs=1",
         ],
         "texts_lora": [f"data.source={csv}", "data.increment=2", *few],
+        "texts_pegp": [f"data.source={csv}", "data.increment=2", "method.threshold=0.5", *few],
         "images_adapter": [
             f"data.source=folder:{pictures}",
             "data.increment=2",

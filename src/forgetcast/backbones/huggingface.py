@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from forgetcast.backbones.preprocessing import Preprocessing
 from forgetcast.backbones.pretrained import Pretrained
-from forgetcast.checks import complaint, require_choice, require_integer
+from forgetcast.checks import complaint, require_choice, require_integer, require_module
 
 Pooling = Literal["class_token", "mean", "last_token"]
 POOLINGS: tuple[Pooling, ...] = ("class_token", "mean", "last_token")
@@ -96,18 +96,11 @@ def huggingface_backbone(name: str | Path, *, pooling: Pooling | None = None) ->
     Raises:
         ValueError: no such model, one without safetensors, or with weights that lack a part of it.
     """
+    transformers = require_module("transformers", "huggingface")
     try:
-        from transformers import AutoConfig, AutoModel, CLIPVisionModel
-    except ImportError as error:
-        raise complaint(
-            f"cannot import transformers ({error})",
-            "transformers",
-            "Install it: pip install 'forgetcast[huggingface]'.",
-        ) from error
-
-    try:
-        kind = AutoConfig.from_pretrained(name).model_type
-        loader: Any = CLIPVisionModel if kind in ("clip", "clip_vision_model") else AutoModel
+        kind = transformers.AutoConfig.from_pretrained(name).model_type
+        clip = kind in ("clip", "clip_vision_model")
+        loader: Any = transformers.CLIPVisionModel if clip else transformers.AutoModel
         model, found = loader.from_pretrained(name, use_safetensors=True, output_loading_info=True)
     except OSError as error:
         raise complaint(

@@ -18,6 +18,7 @@ METHODS: dict[str, str] = {
     "ewc": "forgetcast.methods.ewc:EWC",
     "kronecker_ewc": "forgetcast.methods.ewc:KroneckerEWC",
     "si": "forgetcast.methods.si:SI",
+    "pegp": "forgetcast.methods.pegp:PEGP",
     "lwf": "forgetcast.methods.lwf:LwF",
     "spectral": "forgetcast.methods.spectral:Spectral",
     "spectral_network": "forgetcast.methods.spectral_network:SpectralNetwork",
@@ -58,6 +59,15 @@ def takes_steps(name: str, options: Mapping[str, Any]) -> bool:
         ValueError: an unknown name.
     """
     return method_class(name).by_gradient or bool(options.get("first_session", False))
+
+
+def needs_tuner(name: str) -> bool:
+    """Whether the method of this name is about the parameters of a tuner, and does nothing without one.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    return bool(getattr(method_class(name), "needs_tuner", False))
 
 
 def create(name: str, backbone: nn.Module, width: int, **options: Any) -> Method:

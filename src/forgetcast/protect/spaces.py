@@ -241,7 +241,8 @@ def _joined(basis: Float[Tensor, "d r"], added: Float[Tensor, "d m"]) -> Float[T
 
 
 def _complement(basis: Float[Tensor, "d r"]) -> Float[Tensor, "d _"]:
-    return torch.linalg.qr(basis, mode="complete").Q[:, basis.shape[1] :]
+    whole: Tensor = torch.linalg.qr(basis, mode="complete").Q
+    return whole[:, basis.shape[1] :]
 
 
 def _stacked(blocks: Iterable[Tensor]) -> Float[Tensor, "k d r"]:

@@ -1,4 +1,4 @@
-"""The options of a method: read off its constructor, so that a new method needs no schema of its own."""
+"""The options of methods and tuners: read off their constructors, so that a new one needs no schema of its own."""
 
 import inspect
 import json
@@ -34,20 +34,39 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
     Raises:
         ValueError: an unknown method or option, a missing option, a value of another type.
     """
-    known = method_options(method_class(name))
+    for key in GIVEN_BY_THE_RUN:
+        if key in options:
+            raise complaint(
+                f"got method.{key}={options[key]!r}", f"no {key}, which the run gives", f"Leave method.{key} out."
+            )
+    check_arguments("method", name, method_options(method_class(name)), options)
+
+
+def check_arguments(
+    section: str, name: str, known: Mapping[str, inspect.Parameter], options: Mapping[str, Any]
+) -> None:
+    """Hold the keys of a section against parameters of a constructor.
+
+    Args:
+        section: of the recipe, whose keys the options are.
+        name: of what the constructor makes.
+        known: its parameters.
+        options: as the recipe gives them.
+
+    Raises:
+        ValueError: an unknown option, a missing one, a value of another type.
+    """
     for key, value in options.items():
-        if key in GIVEN_BY_THE_RUN:
-            raise complaint(f"got method.{key}={value!r}", f"no {key}, which the run gives", f"Leave method.{key} out.")
         if key not in known:
             raise complaint(
-                f"{name} has no option method.{key}",
+                f"{name} has no option {section}.{key}",
                 f"one of {sorted(known)}" if known else "no option",
-                did_you_mean(f"method.{key}", [f"method.{option}" for option in known]),
+                did_you_mean(f"{section}.{key}", [f"{section}.{option}" for option in known]),
             )
-        _check_type(f"method.{key}", value, known[key].annotation)
+        _check_type(f"{section}.{key}", value, known[key].annotation)
     for key, parameter in known.items():
         if parameter.default is parameter.empty and key not in options:
-            raise complaint(f"no method.{key}", f"a value, which {name} has no default for", f"Add method.{key}.")
+            raise complaint(f"no {section}.{key}", f"a value, which {name} has no default for", f"Add {section}.{key}.")
 
 
 def _check_type(key: str, value: Any, annotation: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_args
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from forgetcast.checks import complaint
-from forgetcast.methods.registry import takes_steps
+from forgetcast.methods.registry import needs_tuner, takes_steps
 from forgetcast.runs.data import Data
 from forgetcast.runs.expected import Expectation
 from forgetcast.runs.keys import did_you_mean, parse_assignment, parse_yaml
@@ -76,6 +76,12 @@ class Recipe(Section):
                 self.model.refuse_set("model", ("trainable", "tuner"), f"{closed} on a frozen backbone")
         if not takes_model(self.method.name):
             self.model.refuse_set("model", ("head", "new_rows"), f"{self.method.name} brings its own head")
+        if needs_tuner(self.method.name) and self.model.tuner is None:
+            raise complaint(
+                f"got method.name={self.method.name!r} without model.tuner",
+                "a pretrained backbone with a tuner",
+                "Add model.tuner, for example {kind: lora, rank: 4}; or choose another method.",
+            )
         if self.cached and self.trainable != "none":
             self.model.refuse_set("model", ("cache",), "the features change while the backbone trains")
         if self.cached and self.preprocessing.augments:
