@@ -1,6 +1,6 @@
 """Gradient projection inside the learning loop, for any method; and rows of the head that stand still."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +35,7 @@ class GradientProjection(Protection):
         target: "step", or "gradient" as in the paper.
         head: whether the linear head is one more site. It acts on features with a 1 at their end, so that old logits
             stay where features do, while all its rows move in the free directions. Without, nothing here protects it.
+        mask: which tokens of a batch of inputs (n, ...) are no padding, (n, L); by default what is known of texts.
 
     Cost: at `end_task` one pass over the task and one eigendecomposition a space, on every process, each of which reads
     the whole task; in steps as `protect`. Memory: d r numbers a space.
@@ -51,6 +52,7 @@ class GradientProjection(Protection):
         conditions: Conditions = "corrected",
         target: Target = "step",
         head: bool = False,
+        mask: Callable[[Tensor], Tensor | None] | None = None,
     ) -> None:
         require_choice("target", target, TARGETS)
         require_choice("conditions", conditions, CONDITIONS)
@@ -58,6 +60,7 @@ class GradientProjection(Protection):
         self.conditions: Conditions = conditions
         self.target: Target = target
         self.head = head
+        self.mask = mask
         self.bases: dict[str, Tensor] = {}
         self._now: Restraint | None = None
 
@@ -85,7 +88,7 @@ class GradientProjection(Protection):
 
     def end_task(self, model: Model, task: TaskData) -> None:
         """Add the directions of the task that ends; warns of spaces with few free ones left."""
-        mask = _text_mask if isinstance(model.backbone, Pooled) else attention_mask
+        mask = self.mask or (_text_mask if isinstance(model.backbone, Pooled) else attention_mask)
         inputs = (batch.inputs for batch in task.batches())
         self.bases = self._restraint(model).projection.after(model, inputs, mask=mask).state_dict()["bases"]
         self._now = None
