@@ -309,10 +309,20 @@ def test_projected_texts_keep_the_logits_of_earlier_ones(bert, tmp_path, head):
     assert moved({"name": "sequential"}) > 1e-2
 
 
-@pytest.mark.parametrize("tuner", [{"kind": "lora", "rank": 2}, {"kind": "adapter", "rank": 3}])
-def test_with_the_whole_budget_the_forecast_of_a_tuned_run_is_the_run(pictures, vit, tmp_path, tuner):
+@pytest.mark.filterwarnings("ignore:.*directions free:UserWarning")
+@pytest.mark.parametrize(
+    ("tuner", "method"),
+    [
+        ({"kind": "lora", "rank": 2}, {"name": "sequential"}),
+        ({"kind": "adapter", "rank": 3}, {"name": "sequential"}),
+        ({"kind": "adapter", "rank": 3}, {"name": "pegp", "threshold": 0.5}),
+        ({"kind": "prefix", "length": 3}, {"name": "pegp", "threshold": 0.5}),
+        ({"kind": "prompt", "length": 3}, {"name": "pegp", "threshold": 0.5, "head": "projected"}),
+    ],
+)
+def test_with_the_whole_budget_the_forecast_of_a_tuned_run_is_the_run(pictures, vit, tmp_path, tuner, method):
     training = {"learning_rate": 0.003, "epochs": 2, "batch_size": 5}
-    given = recipe(f"folder:{pictures}", vit, training=training, tuner=tuner, new_rows="placed")
+    given = recipe(f"folder:{pictures}", vit, method, training=training, tuner=tuner, new_rows="placed")
     record = read_record(forecast_recipe(given, tmp_path, budget=1.0, verify=True))
     assert record["calibration"]["relative_error"] < 1e-4
     assert record["calibration"]["cosine"] > 1 - 1e-6

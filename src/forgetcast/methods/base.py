@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from forgetcast.checks import complaint
+from forgetcast.forecast.network.head import Restraint
 
 State = dict[str, Any]
 
@@ -117,6 +118,14 @@ class Protection:
 
     def end_task(self, model: Model, task: TaskData) -> None:
         """Remember what must not be lost."""
+
+    def restraint(self, model: Model) -> Restraint | None:  # noqa: ARG002
+        """What this protection makes of each step, if that is all that it does to steps: a forecast can follow it.
+
+        Returns:
+            (parameters before a step, the step) -> what is taken of it, by the names of the model's parameters.
+        """
+        return None
 
     @property
     def acts_on_steps(self) -> bool:

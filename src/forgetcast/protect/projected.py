@@ -5,11 +5,11 @@ from dataclasses import replace
 from typing import Any
 
 import pandas as pd
-import torch
 from torch import Tensor
 
 from forgetcast.backbones.huggingface import Pooled
 from forgetcast.checks import complaint, require_choice
+from forgetcast.forecast.network.head import Restraint as Restrain
 from forgetcast.heads.linear import Linear
 from forgetcast.methods.base import Model, Protection, State, TaskData
 from forgetcast.protect.parameters import trainable
@@ -93,6 +93,10 @@ class GradientProjection(Protection):
         self.bases = self._restraint(model).projection.after(model, inputs, mask=mask).state_dict()["bases"]
         self._now = None
 
+    def restraint(self, model: Model) -> Restrain | None:
+        """The projection of steps; of gradients there is none that a forecast could follow."""
+        return self._restraint(model).projection.restrained if self.target == "step" else None
+
     def table(self, model: Model) -> pd.DataFrame:
         """Directions held and free at the sites of a model: space, width, rank (of the fullest block), free."""
         return self._restraint(model).projection.table()
@@ -145,14 +149,26 @@ class StandingRows(Protection):
     def after_step(self, model: Model) -> None:
         """Put them back."""
         for name, value in self._standing(model):
-            rows = torch.tensor(self.old, device=value.device)
-            by_output = name in model.head.by_output  # type: ignore[operator]
-            value.data[rows if by_output else ...] = self._before[name][rows if by_output else ...]
+            rows = self._rows(model, name)
+            value.data[rows] = self._before[name][rows]
         self._before = {}
 
     def end_task(self, model: Model, task: TaskData) -> None:  # noqa: ARG002
         """The outputs seen are old from now on."""
         self.old = list(task.seen)
+
+    def restraint(self, model: Model) -> Restrain | None:
+        """Steps whose old rows are zero."""
+        standing = [(f"head.{name}", self._rows(model, name)) for name, _ in self._standing(model)]
+
+        def restrained(_: Mapping[str, Tensor], step: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            found = dict(step)
+            for name, rows in standing:
+                found[name] = step[name].clone()
+                found[name][rows] = 0
+            return found
+
+        return restrained
 
     def state_dict(self) -> State:
         """The old outputs."""
@@ -161,6 +177,10 @@ class StandingRows(Protection):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave."""
         self.old = list(state["old"])
+
+    def _rows(self, model: Model, name: str) -> Any:
+        """Places of the old outputs in a parameter of the head; all of one that the outputs share."""
+        return self.old if name in model.head.by_output else ...  # type: ignore[operator]
 
     def _standing(self, model: Model) -> list[tuple[str, Tensor]]:
         return list(trainable(model.head).items()) if self.old else []

@@ -104,6 +104,7 @@ def forecast_recipe(
             ahead.new,
             ahead.training,
             parameters=ahead.trained,
+            restraint=ahead.restraint,
             budget=budget,
             seed=recipe.seed,
             on_step=lambda _: on_step(1),

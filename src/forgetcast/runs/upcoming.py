@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from forgetcast.checks import complaint
+from forgetcast.forecast.network.head import Named, Restraint
 from forgetcast.forecast.training import SGD, AdamW
 from forgetcast.heads.linear import Linear
 from forgetcast.learn.optimizer import Optimization
@@ -31,6 +32,7 @@ class Upcoming:
         old: their inputs and outputs.
         new: inputs and outputs of what the task trains on, in the order that the training's batches refer to.
         training: what the loop will do.
+        restraint: what its protections make of each step, where that is all that they do.
         answers_now: (n, C) among which outputs a prediction for each old sample chooses before the task.
         answers_then: the same after it.
         left_out: what the run does beyond this, in words.
@@ -44,6 +46,7 @@ class Upcoming:
     old: tuple[Tensor, Tensor]
     new: tuple[Tensor, Tensor]
     training: SGD | AdamW
+    restraint: Restraint | None
     answers_now: Bool[Tensor, "n C"]
     answers_then: Bool[Tensor, "n C"]
     left_out: tuple[str, ...]
@@ -104,6 +107,7 @@ def upcoming(made: Assembly, index: int, most_old: int) -> Upcoming:
         (made.prepared.read(places), labels),
         (made.prepared.read(indices), new_labels),
         _training(optimization, len(indices), made.recipe.seed, index, plain if len(plain) < outputs else None),
+        _restraint(model, method),
         _allowed([classes or seen_now for classes in own], outputs),
         _allowed([classes or method.seen for classes in own], outputs),
         _left_out(made),
@@ -157,6 +161,24 @@ def _trained(model: nn.Module, method: Method) -> tuple[str, ...]:
     return tuple(name for name, parameter in model.named_parameters() if id(parameter) in trained)
 
 
+def _restraint(model: nn.Module, method: Method) -> Restraint | None:
+    """Those of all protections, one after the other, for a model that shares the parameters under other names."""
+    given = [protection.restraint(method.model) for protection in method.protections]
+    found = [restraint for restraint in given if restraint is not None]
+    if not found:
+        return None
+    of_method = {id(parameter): name for name, parameter in method.model.named_parameters()}
+    names = {name: of_method[id(parameter)] for name, parameter in model.named_parameters()}
+
+    def restrained(before: Named, step: Named) -> Named:
+        start, taken = ({names[name]: value for name, value in some.items()} for some in (before, step))
+        for restraint in found:
+            taken = dict(restraint(start, taken))
+        return {name: taken[names[name]] for name in step}
+
+    return restrained
+
+
 def _training(
     optimization: Optimization, rows: int, seed: int, index: int, classes: tuple[int, ...] | None
 ) -> SGD | AdamW:
@@ -196,7 +218,7 @@ def _left_out(made: Assembly) -> tuple[str, ...]:
         f"the protection {type(protection).__name__} of {name}: the forecast is of the training without it, which is "
         "what it has to prevent"
         for protection in method.protections
-        if protection.acts_on_steps
+        if protection.acts_on_steps and protection.restraint(method.model) is None
     ]
     if made.prepared.read_training is not None:
         found.append("random crops and flips: the forecast takes the training images as they are evaluated")
