@@ -141,6 +141,33 @@ def test_strength_slows_old_directions():
     assert torch.allclose(found - found @ basis @ basis.T, update - update @ basis @ basis.T)
 
 
+def test_two_blends_shrink_free_and_old_directions_differently():
+    """At eta = 0.97 and 700 free directions: 0.067 and 0.03 under NSP^2's normalisation, 1 and 0.03 without it."""
+    width, free, eta = 768, 700, 0.97
+    layer = nn.Linear(width, 1, bias=False, dtype=torch.float64)
+    draw = torch.Generator().manual_seed(0)
+    old = torch.randn(width - free, width, dtype=torch.float64, generator=draw)
+    outside = torch.randn(1, width, dtype=torch.float64, generator=draw)
+    inside = old.sum(0, keepdim=True)
+    outside -= outside @ torch.linalg.pinv(old) @ old
+    found = {}
+    for blend in ("projector", "normalised"):
+        projection = Projection(linear_sites("layer", layer), threshold=1.0, strength=eta, blend=blend)
+        projection = projection.after(layer, [old])
+        (site,) = projection.sites
+        shrunk = [projection.projected(site, part[None]) for part in (outside, inside)]
+        found[blend] = [
+            float(part.norm() / given.norm()) for part, given in zip(shrunk, (outside, inside), strict=True)
+        ]
+        assert all(
+            torch.allclose(part[0] / part.norm(), given / given.norm(), atol=1e-9)
+            for part, given in zip(shrunk, (outside, inside), strict=True)
+        )
+    assert found["projector"] == pytest.approx([1.0, 0.03])
+    assert found["normalised"] == pytest.approx([0.97 / free**0.5 + 0.03, 0.03])
+    assert found["normalised"][1] / found["normalised"][0] == pytest.approx(0.45, abs=0.01)
+
+
 def test_sites_with_rows_on_the_left_and_blocks_of_their_own():
     """S D = 0 for each block with its own rows."""
     rows = torch.randn(3, 2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

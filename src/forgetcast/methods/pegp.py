@@ -6,7 +6,7 @@ from forgetcast.checks import require_choice
 from forgetcast.methods.base import Model, Protection
 from forgetcast.methods.sequential import Sequential
 from forgetcast.protect.projected import GradientProjection, StandingRows
-from forgetcast.protect.projection import Target
+from forgetcast.protect.projection import Blend, Target
 from forgetcast.protect.spaces import Energy
 from forgetcast.tuners.base import Conditions
 
@@ -21,6 +21,7 @@ class PEGP(Sequential):
         threshold: epsilon, the share of each task's energy that is protected.
         strength: rho: 1 forbids the old directions, less slows steps along them.
         energy: what epsilon is a share of: "sigma2", the energy of the activations; "sigma4", as released codes.
+        blend: how a strength below 1 mixes: "projector", or "normalised", as NSP^2's code.
         conditions: "corrected", which is exact; "paper", as its equations have them.
         target: what is projected: the "step", or the "gradient" as in the paper.
         head: what protects the head, which the paper leaves "free": "rows" of old outputs stand still
@@ -40,6 +41,7 @@ class PEGP(Sequential):
         *,
         strength: float = 1.0,
         energy: Energy = "sigma2",
+        blend: Blend = "projector",
         conditions: Conditions = "corrected",
         target: Target = "step",
         head: Literal["rows", "free", "projected"] = "rows",
@@ -50,6 +52,7 @@ class PEGP(Sequential):
             threshold,
             strength=strength,
             energy=energy,
+            blend=blend,
             conditions=conditions,
             target=target,
             head=head == "projected",

@@ -13,7 +13,7 @@ from forgetcast.forecast.network.head import Restraint as Restrain
 from forgetcast.heads.linear import Linear
 from forgetcast.methods.base import Model, Protection, State, TaskData
 from forgetcast.protect.parameters import trainable
-from forgetcast.protect.projection import TARGETS, Projection, Restraint, Target, require_settings
+from forgetcast.protect.projection import TARGETS, Blend, Projection, Restraint, Target, require_settings
 from forgetcast.protect.spaces import Energy, attention_mask
 from forgetcast.tuners.base import CONDITIONS, Conditions, Site, inputs_of
 from forgetcast.tuners.sites import sites_of
@@ -31,6 +31,7 @@ class GradientProjection(Protection):
         threshold: epsilon, the share of each task's energy that is protected.
         strength: rho: 1 forbids the old directions, less slows steps along them.
         energy: what epsilon is a share of, "sigma2" or "sigma4".
+        blend: how a strength below 1 mixes, "projector" or "normalised", as for `Projection`.
         conditions: "corrected", which is exact; "paper", as PEGP's equations have them.
         target: "step", or "gradient" as in the paper.
         head: whether the linear head is one more site. It acts on features with a 1 at their end, so that old logits
@@ -49,6 +50,7 @@ class GradientProjection(Protection):
         *,
         strength: float = 1.0,
         energy: Energy = "sigma2",
+        blend: Blend = "projector",
         conditions: Conditions = "corrected",
         target: Target = "step",
         head: bool = False,
@@ -56,7 +58,7 @@ class GradientProjection(Protection):
     ) -> None:
         require_choice("target", target, TARGETS)
         require_choice("conditions", conditions, CONDITIONS)
-        self.empty = Projection((), threshold=threshold, strength=strength, energy=energy)
+        self.empty = Projection((), threshold=threshold, strength=strength, energy=energy, blend=blend)
         self.conditions: Conditions = conditions
         self.target: Target = target
         self.head = head

@@ -33,6 +33,8 @@ GUARDED: "WeakSet[Optimizer]" = WeakSet()
 """Optimisers under `protect`: two projections one after the other keep neither's promise."""
 Target = Literal["step", "gradient"]
 TARGETS: tuple[Target, ...] = ("step", "gradient")
+Blend = Literal["projector", "normalised"]
+BLENDS: tuple[Blend, ...] = ("projector", "normalised")
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +48,9 @@ class Projection:
             rounding, which on real data is every direction there is.
         strength: rho: 1 forbids the old directions, less slows steps along them.
         energy: what epsilon is a share of.
+        blend: how `strength` < 1 mixes: "projector", rho P + (1 - rho) 1, which takes the share rho off old directions
+            and leaves free ones; "normalised", rho P / |P|_F + (1 - rho) 1, as NSP^2's code has it (NeurIPS 2024,
+            Algorithm 2), under which free directions shrink as well, to rho / sqrt(free) + 1 - rho.
 
     Examples:
         >>> import torch, forgetcast as fc
@@ -70,10 +75,12 @@ class Projection:
     threshold: float = 0.95
     strength: float = 1.0
     energy: Energy = "sigma2"
+    blend: Blend = "projector"
 
     def __post_init__(self) -> None:
         require_number("threshold", self.threshold, most=1.0, strict=True)
         require_number("strength", self.strength, most=1.0)
+        require_choice("blend", self.blend, BLENDS)
         require_choice("energy", self.energy, ENERGIES)
         owners: dict[int, str] = {}
         for site in self.sites:
@@ -122,8 +129,14 @@ class Projection:
     def projected(self, site: Site, update: Float[Tensor, "k a b"]) -> Float[Tensor, "k a b"]:
         """The part of an update that is allowed. Cost: as `Basis.removed`, for each side."""
         for basis, transposed in self._forbidden(site):
-            update = basis.removed(update.mT, self.strength).mT if transposed else basis.removed(update, self.strength)
+            update = self._blended(basis, update.mT).mT if transposed else self._blended(basis, update)
         return update
+
+    def _blended(self, basis: Basis, update: Float[Tensor, "k a d"]) -> Float[Tensor, "k a d"]:
+        if self.blend == "projector":
+            return basis.removed(update, self.strength)
+        free = update.new_tensor([basis.width - rank for rank in basis.ranks]).clamp_min(1)[:, None, None]
+        return (1 - self.strength) * update + self.strength * basis.removed(update) / free.sqrt()
 
     def allowed(
         self, site: Site, before: Float[Tensor, "k a b"], update: Float[Tensor, "k a b"]
@@ -162,7 +175,7 @@ class Projection:
         return pd.DataFrame(rows, columns=["space", "width", "rank", "free"])
 
     def state_dict(self) -> dict[str, Any]:
-        """Threshold, strength and energy; the bases, by space and block."""
+        """Threshold, strength, energy and blend; the bases, by space and block."""
         held = {
             f"{name}/{k}": block.contiguous()
             for name, basis in (self.known or {}).items()
@@ -174,7 +187,7 @@ class Projection:
         """With bases that `state_dict` gave.
 
         Raises:
-            ValueError: another threshold, strength or energy; spaces or widths that the sites do not have, or bases
+            ValueError: another threshold, strength, energy or blend; spaces or widths that the sites lack, or bases
                 that are none.
         """
         require_settings(state.get("settings", {}), self._settings)
@@ -200,7 +213,8 @@ class Projection:
 
     @property
     def _settings(self) -> dict[str, Any]:
-        return {"threshold": self.threshold, "strength": self.strength, "energy": self.energy}
+        names = ("threshold", "strength", "energy", "blend")
+        return {name: getattr(self, name) for name in names}
 
     def _forbidden(self, site: Site) -> Iterator[tuple[Basis, bool]]:
         for space, transposed in ((site.right, False), (site.left, True)):
