@@ -83,12 +83,12 @@ def test_streamed_moments_are_those_of_all_rows_and_know_no_order_of_samples():
     layer = nn.Linear(6, 2).double().train()
     space = inputs_of(layer, "layer", 6)
     rows = torch.randn(7, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    whole = moments_of(layer, [space], [rows])[space]
-    parts = moments_of(layer, [space], rows[torch.randperm(7)].split(2))[space]
+    whole = moments_of(layer, [space], [rows])[space.name]
+    parts = moments_of(layer, [space], rows[torch.randperm(7)].split(2))[space.name]
     flat = rows.reshape(-1, 6)
     assert torch.allclose(whole.total[0], flat.T @ flat)
     assert torch.allclose(parts.total, whole.total)
-    first, second = (moments_of(layer, [space], [part])[space] for part in rows.split(4))
+    first, second = (moments_of(layer, [space], [part])[space.name] for part in rows.split(4))
     assert torch.allclose((first + second).total, whole.total)
     assert layer.training
     assert not layer._forward_pre_hooks
@@ -103,7 +103,7 @@ def test_rounding_of_the_rows_is_no_direction(dtype, width):
     space = inputs_of(layer, "layer", width)
     parts = [torch.randn(*shape, generator=draw).to(dtype) for shape in ((400, 5), (5, width), (width, width))]
     rows = (parts[0] @ parts[1]) if dtype == torch.bfloat16 else parts[0] @ parts[1] @ parts[2]
-    moment = moments_of(layer, [space], rows.split(100))[space]
+    moment = moments_of(layer, [space], rows.split(100))[space.name]
     assert Basis.empty(1, width).grown(moment, 1.0).ranks == (5,)
     if dtype == torch.bfloat16:
         assert Basis.empty(1, width).grown(Moment(moment.total), 1.0).ranks == (width,)
@@ -122,14 +122,14 @@ def test_padding_is_no_row(heads):
             seen(batch["rows"])
 
     batch = {"rows": rows.flatten(2, 3), "attention_mask": mask}
-    found = moments_of(nn.Identity(), [space], [batch], forward)[space].total
+    found = moments_of(nn.Identity(), [space], [batch], forward)[space.name].total
     real = rows.movedim(2, 1)[:, :, mask.bool()].flatten(1, 2)
     torch.testing.assert_close(found, real.mT @ real)
-    whole = moments_of(nn.Identity(), [space], [batch], forward, mask=lambda _: None)[space].total
+    whole = moments_of(nn.Identity(), [space], [batch], forward, mask=lambda _: None)[space.name].total
     every = rows.flatten(1, 3)
     torch.testing.assert_close(whole, every.mT @ every)
     one_more = {"rows": rows.flatten(2, 3), "attention_mask": mask[:, :4]}  # of other tokens: nothing is left out
-    torch.testing.assert_close(moments_of(nn.Identity(), [space], [one_more], forward)[space].total, whole)
+    torch.testing.assert_close(moments_of(nn.Identity(), [space], [one_more], forward)[space.name].total, whole)
 
 
 class Showing:

@@ -80,7 +80,9 @@ def test_of_each_old_tasks_energy_no_more_passes_than_the_threshold_leaves(name,
     projection = Projection(tuned.sites(), threshold=threshold)
     tasks = [inputs(kind, 3, seed=seed) for seed in (1, 2)]
     for task in tasks:
-        projection = projection.after(tuned.model, [task], hidden)
+        shards = [{key: value[part] for key, value in task.items()} for part in (slice(0, 1), slice(1, 3))]
+        one, other = (projection.moments(tuned.model, [shard], hidden) for shard in shards)
+        projection = projection.grown({name: one[name] + other[name] for name in one})
     passed = []
     for task in tasks:
         for site in projection.sites:
@@ -93,3 +95,5 @@ def test_of_each_old_tasks_energy_no_more_passes_than_the_threshold_leaves(name,
                 passed.append(kept.square().sum((1, 2)) / seen.square().sum((1, 2, 3)))
     assert float(torch.cat(passed).max()) <= 1 - threshold + 1e-9
     assert float(torch.cat(passed).max()) > 0
+    with pytest.raises(ValueError, match=r"moments of 0 spaces, which differ in .*expected of the \d+ of the sites"):
+        projection.grown({})

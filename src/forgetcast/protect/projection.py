@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from forgetcast.checks import complaint, require_choice, require_number
-from forgetcast.protect.spaces import ENERGIES, Basis, Energy, attention_mask, bases, moments_of
+from forgetcast.protect.spaces import ENERGIES, Basis, Energy, Moment, attention_mask, bases, moments_of
 from forgetcast.protect.spread import keeping_spread
 from forgetcast.tuners.base import Site, Space
 
@@ -113,7 +113,30 @@ class Projection:
 
         Cost: one forward pass a sample; one eigendecomposition a space.
         """
-        moments = moments_of(model, self._spaces(), batches, forward, mask)
+        return self.grown(self.moments(model, batches, forward, mask))
+
+    def moments(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        forward: Callable[[nn.Module, Any], Any] = lambda model, batch: model(batch),
+        mask: Callable[[Any], Bool[Tensor, "n L"] | None] = attention_mask,
+    ) -> dict[str, Moment]:
+        """What `after` learns of a task, by the names of the spaces, where processes read a shard of it each.
+
+        Sums of the moments of shards, `{name: one[name] + other[name] for name in one}`, are those of the task: give
+        them to `grown`. Arguments, errors and cost as for `after`.
+        """
+        return moments_of(model, self._spaces(), batches, forward, mask)
+
+    def grown(self, moments: Mapping[str, Moment]) -> "Projection":
+        """With the spaces of a task of these moments; warns as `after` does.
+
+        Raises:
+            ValueError: moments of other spaces, of other shapes, or not finite.
+
+        Cost: one eigendecomposition a space.
+        """
         grown = bases(self.sites, moments, self.known or {}, self.threshold, self.energy)
         # of width 1 are gates, which act on a constant and are meant to stand still
         few = [name for name, basis in grown.items() if basis.free < FEW * basis.width and basis.width > 1]
@@ -122,7 +145,7 @@ class Projection:
                 f"{len(few)} of {len(grown)} spaces have less than {FEW:.0%} of their directions free, {few[0]} "
                 f"{grown[few[0]].free} of {grown[few[0]].width}: parameters there hardly move any more. "
                 "Lower the threshold or the strength, or raise the tuner's rank.",
-                stacklevel=2,
+                stacklevel=3,
             )
         return replace(self, known=grown)
 

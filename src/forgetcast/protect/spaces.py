@@ -58,8 +58,8 @@ def moments_of(
     batches: Iterable[Any],
     forward: Callable[[nn.Module, Any], Any] = lambda model, batch: model(batch),
     mask: Callable[[Any], Bool[Tensor, "n L"] | None] = attention_mask,
-) -> dict[Space, Moment]:
-    """Second moments of the rows that each space sees while the model reads the batches, in evaluation mode.
+) -> dict[str, Moment]:
+    """Second moments of the rows that each space sees while the model reads the batches, in evaluation mode; by name.
 
     Args:
         model: with the tuner in place.
@@ -74,7 +74,7 @@ def moments_of(
 
     Cost: one forward pass a sample, and 2 d^2 flops a row and space.
     """
-    found: dict[Space, Moment] = {}
+    found: dict[str, Moment] = {}
     real: Tensor | None = None
 
     def gather(space: Space) -> Callable[[Tensor], None]:
@@ -83,7 +83,7 @@ def moments_of(
             require_finite(f"rows of {space.name}", kept)
             wide = kept.double()
             moment = Moment(wide.mT @ wide, torch.finfo(rows.dtype).eps)
-            found[space] = found[space] + moment if space in found else moment
+            found[space.name] = found[space.name] + moment if space.name in found else moment
 
         return seen
 
@@ -94,7 +94,7 @@ def moments_of(
         for batch in batches:
             real = mask(batch)
             forward(model, batch)
-    silent = [space.name for space in spaces if space not in found]
+    silent = [space.name for space in spaces if space.name not in found]
     if silent:
         raise complaint(
             f"no rows were seen at {silent[:3]} ({len(silent)} spaces)",
@@ -193,18 +193,29 @@ class Basis:
 
 def bases(
     sites: Sequence[Site],
-    moments: Mapping[Space, Moment],
+    moments: Mapping[str, Moment],
     known: Mapping[str, Basis],
     threshold: float,
     energy: Energy = "sigma2",
 ) -> dict[str, Basis]:
-    """The basis of every space of the sites after a further task, by the names of the spaces."""
+    """The basis of every space of the sites after a further task, by the names of the spaces.
+
+    Raises:
+        ValueError: moments of other spaces.
+    """
+    names = {space.name for site in sites for space in (site.right, site.left) if space is not None}
+    if names != set(moments):
+        raise complaint(
+            f"moments of {len(moments)} spaces, which differ in {sorted(names ^ set(moments))[:3]}",
+            f"of the {len(names)} of the sites",
+            "Collect them with Projection.moments.",
+        )
     found = {}
     for site in sites:
         for space in (site.right, site.left):
             if space is not None:
                 before = known.get(space.name, Basis.empty(space.blocks, space.width))
-                found[space.name] = before.grown(moments[space], threshold, energy)
+                found[space.name] = before.grown(moments[space.name], threshold, energy)
     return found
 
 
