@@ -1,5 +1,6 @@
 """Steps that leave the spread of rows, within the space they are projected to."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -40,5 +41,24 @@ def test_rows_stand_still_where_no_step_can_keep_their_spread():
     )
     assert found.dtype == torch.float32
     assert abs(float((before + found).norm()) - 2**0.5) < 1e-6
-    none = keeping_spread(before, update, lambda rows: rows, lambda rows: 0 * rows, lambda rows: rows)
+    with pytest.warns(UserWarning, match="they stand still"):
+        none = keeping_spread(before, update, lambda rows: rows, lambda rows: 0 * rows, lambda rows: rows)
     assert torch.equal(none, torch.zeros(1, 1, 2))
+
+
+def test_a_token_without_spread_holds_up_no_other():
+    before = torch.cat([torch.zeros(1, 1, 4), torch.ones(1, 1, 4)], 1)
+    update = torch.zeros(1, 2, 4)
+    update[0, :, 2:] = 0.1
+    free = torch.tensor([0.0, 0.0, 1.0, 1.0])
+    found = keeping_spread(before, update, lambda rows: rows, lambda rows: rows, lambda rows: rows * free)
+    assert torch.allclose(found[0, 0], update[0, 0])
+    assert float((before + found)[0, 1].norm()) == pytest.approx(2.0)
+    turned = keeping_spread(
+        before,
+        update * torch.tensor([1.0, 1.0, 1.0, -1.0]),
+        lambda rows: rows,
+        lambda rows: rows,
+        lambda rows: rows * free,
+    )
+    assert float(turned[0, 1].norm()) > 0.1

@@ -15,16 +15,17 @@ from forgetcast.tuners.anatomy import Anatomy, Block, anatomy, widths  # noqa: E
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_block_has_its_projections_and_its_feed_forward_network(kind):
     model = small(kind)
+    width = 2 * WIDTH if kind == "llama" else WIDTH
     found = anatomy(model)
     assert len(found.blocks) == LAYERS
     for block in found.blocks:
         projections = (block.fused,) if block.fused else (block.query, block.key, block.value)
         for name in projections:
             assert name is not None
-            assert widths(model.get_submodule(name))[0] == WIDTH
+            assert widths(model.get_submodule(name))[0] == width
         assert (block.fused is None) == (block.query is not None)
-        assert widths(model.get_submodule(block.enter))[0] == WIDTH
-        assert widths(model.get_submodule(block.leave))[1] == WIDTH
+        assert widths(model.get_submodule(block.enter))[0] == width
+        assert widths(model.get_submodule(block.leave))[1] == width
 
 
 class Own(nn.Module):

@@ -92,6 +92,9 @@ def test_at_full_budget_the_forecast_is_the_projected_run(name):
 @pytest.mark.filterwarnings("ignore:.*of their directions free")
 def test_closed_forms_have_no_steps_to_restrain():
     model, old, new, projection = learnt("adapter")
+    inner = Projection(sites_of(model.network), threshold=0.9)
+    with pytest.raises(ValueError, match=r"none of them at a site.*fc.sites_of\(model\) with the very model"):
+        fc.forecast(model, old, new, TRAINING, restraint=inner.restrained, budget=0.9)
     with pytest.raises(ValueError, match="estimator='static' with a restraint of steps"):
         fc.forecast(model, old, new, TRAINING, restraint=projection.restrained, estimator="static")
     seen = fc.forecast(model, old, new, TRAINING, restraint=projection.restrained, budget=0.9)

@@ -27,11 +27,12 @@ OPTIMIZERS = {
 }
 CASES = [("vit", name, optimizer) for name in TUNERS for optimizer in OPTIMIZERS]
 CASES += [(kind, name, "AdamW") for kind in ("bert", "gpt2") for name in TUNERS]
+CASES += [("llama", name, "AdamW") for name in ("prefix", "prompt")]  # grouped queries, RMSNorm
 STEPS = 200
 
 
 def batch(kind: str, seed: int) -> dict[str, torch.Tensor]:
-    found = inputs(kind, 2, seed)
+    found = inputs(kind, 1 if kind == "llama" else 2, seed)
     return {name: value.float() if kind in IMAGES else value for name, value in found.items()}
 
 

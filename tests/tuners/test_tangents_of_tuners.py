@@ -31,7 +31,7 @@ class Pooled(torch.nn.Module):
         super().__init__()
         self.network = small(kind)
         self.key = "pixel_values" if kind in IMAGES else "x" if kind == "fused" else "input_ids"
-        self.head = torch.nn.Linear(24, 3, dtype=torch.float64)
+        self.head = torch.nn.Linear(48 if kind == "llama" else 24, 3, dtype=torch.float64)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(hidden(self.network, {self.key: x}).mean(1))

@@ -1,6 +1,7 @@
 """Prefixes and prompts: what they compute, what their conditions protect, whose attention they can enter."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ transformers = pytest.importorskip("transformers")
 from tuned_models import KINDS, LAYERS, hidden, inputs, small  # noqa: E402 - these import transformers
 
 from forgetcast.protect.projection import Projection, protect  # noqa: E402
-from forgetcast.tuners.anatomy import anatomy  # noqa: E402
+from forgetcast.tuners.anatomy import Anatomy, anatomy  # noqa: E402
 from forgetcast.tuners.base import Site  # noqa: E402
 from forgetcast.tuners.prefix import Prefix  # noqa: E402
 from forgetcast.tuners.prompt import Prompt  # noqa: E402
@@ -197,11 +198,16 @@ def test_attention_that_is_computed_by_hand_is_refused():
     tuned.detach()
 
 
-def test_an_exception_inside_attention_leaves_nothing_behind():
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_an_exception_inside_attention_leaves_nothing_behind(error):
     model = small("vit")
     tuned = Prefix().attach(model)
-    handle = model.get_submodule(anatomy(model).blocks[1].query).register_forward_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+
+    def fail(*_: object) -> None:
+        raise error
+
+    handle = model.get_submodule(anatomy(model).blocks[1].query).register_forward_hook(fail)
+    with pytest.raises(error):
         hidden(model, inputs("vit", 1))
     assert not torch.overrides._get_current_function_mode_stack()
     handle.remove()
@@ -279,7 +285,7 @@ def test_prompts_need_both_sides():
 
 def test_the_papers_conditions_do_not_exist_for_grouped_queries(unchecked_types):
     tuned = Prefix().attach(small("llama"))
-    with pytest.raises(ValueError, match=r"inputs of width 24 for keys of 1 heads of 12.*conditions='corrected'"):
+    with pytest.raises(ValueError, match=r"inputs of width 48 for keys of 2 heads of 12.*conditions='corrected'"):
         tuned.sites("paper")
     with pytest.raises(ValueError, match="conditions"):
         sites_of(tuned.model, "published")
@@ -306,3 +312,215 @@ def test_copies_do_not_share_their_frozen_layers():
         for block in anatomy(tuned.model).blocks:
             tuned.model.get_submodule(block.key).weight.zero_()
     assert torch.equal(hidden(other, inputs("vit", 1)), before)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of the compiler
+@pytest.mark.parametrize("options", [Prefix(length=3), Prompt(length=3, gated=False)])
+def test_a_compiled_model_computes_the_same(unchecked_types, options):
+    tuned = options.attach(small("fused"))
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.add_(0.5)
+    expected = hidden(tuned.model, inputs("fused", 2)).detach()
+    found = torch.compile(tuned.model, backend="eager")(**inputs("fused", 2)).detach()
+    assert torch.allclose(found, expected, atol=1e-12)
+
+
+def test_a_forward_that_somebody_else_has_put_in_place_stays():
+    model = small("fused")
+    calls: list = []
+    attention = model.blocks[0].attn
+    plain = attention.forward
+    attention.forward = lambda x: calls.append(1) or plain(x)
+    own = attention.forward
+    before = hidden(model, inputs("fused", 1)).detach()
+    tuned = Prefix(length=3).attach(model)
+    assert torch.allclose(hidden(model, inputs("fused", 1)), before, atol=1e-12)
+    tuned.detach()
+    assert attention.forward is own
+    assert "forward" not in vars(model.blocks[1].attn)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("kind", ["vit", "llama", "gpt2", "gpt_neox", "bert"])
+@pytest.mark.parametrize("scale", [None, 0.11])
+def test_what_is_watched_is_what_outputs_depend_on(kind, scale):
+    """Dense: derivatives of attention's logits by a token at fixed spread, and the shares of softmax under masks."""
+    tuned = Prompt(length=3).attach(small(kind))
+    part = tuned.model.get_submodule(anatomy(tuned.model).blocks[0].attention).prompt
+    batch = inputs(kind, 2)
+    if "input_ids" in batch:
+        batch |= {"attention_mask": (torch.arange(5) < torch.tensor([[5], [3]])).long()}
+    calls: list = []
+    attend = part.attend
+
+    def kept(query, key, value, attn_mask=None, is_causal=False, **named):
+        calls.append((query.detach(), key.detach(), attn_mask, is_causal))
+        named |= {} if scale is None else {"scale": scale}
+        return attend(query, key, value, attn_mask, is_causal=is_causal, **named)
+
+    part.attend = kept
+    right, left = tuned.sites()[0].right, tuned.sites()[0].left
+    shown: list = []
+    with right.watch(shown.append), left.watch(shown.append), torch.no_grad():
+        hidden(tuned.model, batch)
+    affinity, shares = shown
+    ((query, key, mask, causal),) = calls
+    length = query.shape[-1] ** -0.5 if scale is None else scale
+    tokens, norm = part.embedding.weight.detach(), part.norm
+    spread = torch.ones(3, dtype=torch.float64) if norm is None else norm.spread(tokens)
+
+    def logits(given: torch.Tensor) -> torch.Tensor:
+        if norm is not None:
+            given = norm.centred(given) / spread[:, None] * norm.module.weight
+            given = given + getattr(norm.module, "bias", torch.zeros(()))
+        keys = part.project(given[None])[0].transpose(1, 2)
+        return length * query @ keys.repeat_interleave(query.shape[1] // part.heads, 1).mT
+
+    own = length * query @ key.repeat_interleave(query.shape[1] // key.shape[1], 1).mT
+    if mask is not None:
+        own = own.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else own + mask
+    elif causal:
+        own = own.masked_fill(~torch.ones(own.shape[-2:], dtype=torch.bool).tril(), -torch.inf)
+    expected = torch.cat([logits(tokens), own], 3).softmax(3)[..., :3] / spread
+    assert torch.allclose(shares[0], expected.flatten(1, 2), atol=1e-6)  # RMSNorm computes in single precision
+    jacobian = torch.func.jacrev(logits)(tokens)  # n h l m, m d
+    folded = right.fold(affinity.flatten(1, 2).mT @ affinity.flatten(1, 2))[0]
+    for k in range(3):
+        rows = jacobian[..., k, k, :].flatten(0, 2) * spread[k] / length
+        assert torch.allclose(rows.T @ rows, folded, atol=1e-6 * float(folded.abs().max()))
+
+
+class OwnAttention(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = 2
+        self.qkv = torch.nn.Linear(8, 24)
+
+    def forward(self, x, mask):
+        query, key, value = self.qkv(x).view(*x.shape[:2], 3, 2, 4).permute(2, 0, 3, 1, 4)
+        found = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask[:, None, None])
+        return found.transpose(1, 2).flatten(2)
+
+
+class OwnBlock(torch.nn.Module):
+    def __init__(self, norm=torch.nn.LayerNorm) -> None:
+        super().__init__()
+        self.norm1, self.attn = norm(8), OwnAttention()
+        self.mlp = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU(), torch.nn.Linear(8, 8))
+
+    def forward(self, x, mask):
+        x = x + self.attn(self.norm1(x), mask)
+        return x + self.mlp(x)
+
+
+class OwnModel(torch.nn.Module):
+    def __init__(self, norm=torch.nn.LayerNorm) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList([OwnBlock(norm), OwnBlock(norm)])
+
+    def forward(self, x, mask):
+        for block in self.blocks:
+            x = block(x, mask)
+        return x
+
+
+@pytest.mark.parametrize("depth", ["deep", "shallow"])
+def test_masks_of_tokens_let_prompts_be_seen(depth):
+    """A mask (n, t) of tokens that are there: with all there the answer is that of attention without any mask."""
+    torch.manual_seed(0)
+    model = OwnModel()
+    x, mask = torch.randn(2, 5, 8), torch.ones(2, 5, dtype=torch.bool)
+    before = model(x, mask).detach()
+    Prompt(length=3, depth=depth, gated=False).attach(model)
+    whole = model(x, mask).detach()
+    assert not torch.allclose(whole, before, atol=1e-3)
+    longer = torch.cat([x, torch.randn(2, 2, 8)], 1)
+    hiding = torch.cat([mask, torch.zeros(2, 2, dtype=torch.bool)], 1)
+    assert torch.allclose(model(longer, hiding)[:, :5], whole, atol=1e-5)
+
+
+class Halved(torch.nn.Module):
+    """No normalisation of any kind that is known."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, x):
+        return torch.tanh(x)
+
+
+class OwnLayerNorm(torch.nn.Module):
+    """A LayerNorm of somebody's own, without a bias, its scale one too small."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(0.1 * torch.randn(width))
+        self.eps = 1e-6
+
+    def forward(self, x):
+        x = x - x.mean(-1, keepdim=True)
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * (1 + self.weight)
+
+
+@pytest.mark.filterwarnings("ignore:.*of their directions free")
+def test_normalisations_are_understood_or_refused():
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match="a Halved before attention, which is neither a LayerNorm nor an RMSNorm"):
+        Prompt().attach(OwnModel(Halved))
+    model = OwnModel(OwnLayerNorm).double()
+    tuned = Prompt(length=16).attach(model)
+    assert tuned.model.blocks[0].attn.prompt.norm.centres
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    old, new = torch.randn(1, 2, 8, dtype=torch.float64), torch.randn(1, 2, 8, dtype=torch.float64)
+    before = model(old, mask).detach()
+    projection = Projection(tuned.sites(), threshold=1.0).after(model, [old], lambda net, x: net(x, mask))
+
+    def moved(projection) -> float:
+        optimizer = torch.optim.Adam(tuned.parameters(), lr=0.01)
+        with protect(optimizer, projection):
+            for _ in range(10):
+                optimizer.zero_grad()
+                model(new, mask).sin().square().mean().backward()
+                optimizer.step()
+        return float((model(old, mask).detach() - before).norm() / before.norm())
+
+    assert moved(projection) < 1e-10
+    assert moved(Projection(tuned.sites())) > 1e-4
+
+
+def test_blocks_that_are_not_as_described_are_refused():
+    model = small("vit")
+    blocks = anatomy(model).blocks
+    nameless = Anatomy(tuple(replace(block, norm=None) for block in blocks))
+    tuned = Prompt().attach(model, nameless)
+    with pytest.raises(ValueError, match=r"attention inputs of a block without a normalisation.*norm= in the anatomy"):
+        hidden(model, inputs("vit", 2))
+    tuned.detach()
+    swapped = Anatomy(tuple(replace(block, key=block.value, value=block.key) for block in blocks))
+    tuned = Prompt().attach(model, swapped)
+    with pytest.raises(ValueError, match=r"values of each head that are \d+% from what the block has"):
+        hidden(model, inputs("vit", 2))
+    tuned.detach()
+    rows = {"vocab_size": 50, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Qwen3Config(**rows, num_key_value_heads=2, intermediate_size=32, head_dim=12)
+    torch.manual_seed(0)
+    model = transformers.Qwen3Model(config).eval()
+    with torch.no_grad():
+        model.layers[0].self_attn.k_norm.weight.fill_(3.0)
+    tuned = Prompt().attach(model)
+    with pytest.raises(ValueError, match=r"lengths of keys .*Take Prefix"):
+        model(input_ids=torch.tensor([[1, 2, 3]]))
+    tuned.detach()
+    Prefix().attach(model)
+    assert model(input_ids=torch.tensor([[1, 2, 3]])).last_hidden_state.isfinite().all()
+
+
+def test_gates_that_never_opened_are_told_of():
+    tuned = Prefix(length=16).attach(small("vit"))
+    with pytest.warns(UserWarning, match=r"2 gates are zero in some heads and stand still from now on"):
+        Projection(tuned.sites(), threshold=0.5).after(tuned.model, [inputs("vit", 1)], hidden)

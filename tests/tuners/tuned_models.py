@@ -8,6 +8,7 @@ WIDTH, LAYERS, HEADS = 24, 2, 2
 SMALL = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "intermediate_size": 32}
 IMAGE = {"image_size": 16, "patch_size": 8}
 TEXT = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+GROUPED = {"hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
 SHORT = {"dim": WIDTH, "n_layers": LAYERS, "n_heads": HEADS, "hidden_dim": 32}
 
 
@@ -59,7 +60,7 @@ KINDS = {
     "roberta": lambda: transformers.RobertaModel(transformers.RobertaConfig(**SMALL, **TEXT), add_pooling_layer=False),
     "distilbert": lambda: transformers.DistilBertModel(transformers.DistilBertConfig(**SHORT, **TEXT)),
     "gpt2": lambda: transformers.GPT2Model(transformers.GPT2Config(n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, **TEXT)),
-    "llama": lambda: transformers.LlamaModel(transformers.LlamaConfig(num_key_value_heads=1, **SMALL, **TEXT)),
+    "llama": lambda: transformers.LlamaModel(transformers.LlamaConfig(**(SMALL | GROUPED), **TEXT)),
     "gpt_neox": lambda: transformers.GPTNeoXModel(transformers.GPTNeoXConfig(**SMALL, **TEXT)),
     "fused": FusedModel,
 }
@@ -84,6 +85,18 @@ def inputs(kind: str, count: int, seed: int = 0) -> dict[str, Tensor]:
     if kind == "fused":
         return {"x": torch.randn(count, 5, WIDTH, generator=draw, dtype=torch.float64)}
     return {"input_ids": torch.randint(1, 50, (count, 5), generator=draw)}
+
+
+def moments(space, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Second moments (k, d, d) of what a space sees of a batch."""
+    rows: list[Tensor] = []
+    with space.watch(rows.append), torch.no_grad():
+        hidden(model, batch)
+    (seen,) = rows
+    assert seen.shape[1] == len(next(iter(batch.values())))
+    wide = seen.flatten(1, 2)
+    found = wide.mT @ wide
+    return found if space.fold is None else space.fold(found)
 
 
 def hidden(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

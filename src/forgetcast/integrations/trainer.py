@@ -39,6 +39,7 @@ def projection_callback(projection: Projection, target: Target = "step") -> Any:
 
         def on_pre_optimizer_step(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
             """The next step is projected."""
+            self.open.close()
             self.open.enter_context(protect(optimizer, projection, target))
 
         def on_optimizer_step(self, *_: Any, **__: Any) -> None:

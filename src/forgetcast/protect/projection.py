@@ -147,6 +147,13 @@ class Projection:
                 "Lower the threshold or the strength, or raise the tuner's rank.",
                 stacklevel=3,
             )
+        shut = [site.names[0] for site in self.sites if _is_gate(site) and bool((site.matrix() == 0).any())]
+        if shut:
+            warnings.warn(
+                f"{len(shut)} gates are zero in some heads and stand still from now on ({shut[0]}): what is behind "
+                "them will never train. Train the first task before it is protected, or take gated=False.",
+                stacklevel=3,
+            )
         return replace(self, known=grown)
 
     def projected(self, site: Site, update: Float[Tensor, "k a b"]) -> Float[Tensor, "k a b"]:
@@ -180,12 +187,26 @@ class Projection:
         Args:
             before: the parameters.
             step: of them.
+
+        Raises:
+            ValueError: no parameter of a site among them, or a part of one.
         """
-        found = dict(step)
+        found, known = dict(step), 0
         for site in self.sites:
-            if all(name in step for name in site.names):
-                start, moved = (site.matrix([given[name] for name in site.names]) for given in (before, step))
-                found.update(zip(site.names, site.split(self.allowed(site, start, moved)), strict=True))
+            there = [name for name in site.names if name in step]
+            if not there:
+                continue
+            if len(there) < len(site.names):
+                raise complaint(f"a step of {there} alone", f"of {site.names}, which act together", "Train both.")
+            known += 1
+            start, moved = (site.matrix([given[name] for name in site.names]) for given in (before, step))
+            found.update(zip(site.names, site.split(self.allowed(site, start, moved)), strict=True))
+        if not known:
+            raise complaint(
+                f"a step of {sorted(step)[:2]} and others, none of them at a site ({self.sites[0].names[0]}, ...)",
+                "the names of the model that the sites are of",
+                "Make the projection from fc.sites_of(model) with the very model that is forecast.",
+            )
         return found
 
     def restricts(self, site: Site) -> bool:
@@ -246,6 +267,11 @@ class Projection:
 
     def _spaces(self) -> list[Space]:
         return [space for site in self.sites for space in (site.right, site.left) if space is not None]
+
+
+def _is_gate(site: Site) -> bool:
+    """Whether a site acts on a constant."""
+    return site.right is None and site.left is not None and site.left.width == 1
 
 
 def require_settings(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:

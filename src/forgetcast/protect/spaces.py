@@ -101,7 +101,12 @@ def moments_of(
             "at least one batch that runs through all tuned layers",
             "Give old inputs, and a forward that runs the whole model.",
         )
-    return found
+    return {
+        space.name: found[space.name]
+        if space.fold is None
+        else Moment(space.fold(found[space.name].total), found[space.name].rounding)
+        for space in spaces
+    }
 
 
 def _without_padding(

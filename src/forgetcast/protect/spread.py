@@ -10,6 +10,7 @@ which is Newton's method for a, with one m x m system a turn. NSP^2 (NeurIPS 202
 instead, which keeps spreads nearly.
 """
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -37,22 +38,28 @@ def keeping_spread(
         right: the projection of rows.
 
     Returns:
-        The update; zeros if there is none near: the rows stand still.
+        The update; zeros, with a warning, if there is none near: the rows stand still. Rows without spread have none
+        to keep.
 
     Cost: m^2 d + m^3 flops a turn, four turns or so.
     """
     old, found = centred(before.double()), update.double()
     norms = old.square().sum(-1)
+    held = norms > 0
     eye = torch.eye(old.shape[1], dtype=old.dtype, device=old.device).expand(len(old), -1, -1)
     allowed = left(eye)
     for _ in range(TURNS):
         rows = centred(before.double() + found)
-        missing = norms - rows.square().sum(-1)
+        missing = torch.where(held, norms - rows.square().sum(-1), 0.0)
         if bool((missing.abs() <= CLOSE * norms).all()):
             return found.to(update)
         free = right(rows)
-        slope = 2 * allowed * (rows @ free.mT)
+        slope = torch.where(held[:, :, None] & held[:, None], 2 * allowed * (rows @ free.mT), eye * ~held[:, :, None])
         ridge = RIDGE * slope.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
         turn = torch.linalg.solve_ex(slope + ridge * eye, missing[..., None]).result
         found = found + left(turn * free)
+    warnings.warn(
+        "No step near a projected one keeps the spread of all tokens: they stand still. A smaller learning rate helps.",
+        stacklevel=2,
+    )
     return torch.zeros_like(update)

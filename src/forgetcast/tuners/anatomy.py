@@ -12,7 +12,16 @@ QUERIES = ("q_proj", "query", "q_lin", "q")
 KEYS = ("k_proj", "key", "k_lin", "k")
 VALUES = ("v_proj", "value", "v_lin", "v")
 ATTENTION = ("attention", "attn", "self_attn", "self_attention")
-NORMS = ("layernorm_before", "norm1", "layer_norm1", "ln_1", "input_layernorm")
+NORMS = (
+    "layernorm_before",
+    "norm1",
+    "layer_norm1",
+    "ln_1",
+    "input_layernorm",
+    "self_attn_layer_norm",
+    "attn_norm",
+    "ln_attn",
+)
 """Normalisations before attention; those behind it have other names."""
 FUSED = ("qkv", "query_key_value", "c_attn", "qkv_proj", "Wqkv")
 

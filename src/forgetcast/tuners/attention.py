@@ -11,7 +11,6 @@ The module may be anyone's: its call of `torch.nn.functional.scaled_dot_product_
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import get_ident
 from typing import Any
 
 import torch
@@ -68,13 +67,15 @@ class Beside(Part):
         return mixed
 
     def around(self, name: str, attention: nn.Module, block: nn.Module) -> list[Any]:  # noqa: ARG002 - prompts watch it
-        """Put this part into an attention module, under a name, and its hooks around it."""
+        """Put this part into an attention module, under a name; returns what can be removed again."""
         attention.add_module(name, self)
-        inside = Inside(name)
-        return [
-            attention.register_forward_pre_hook(inside.enter, with_kwargs=True),
-            attention.register_forward_hook(inside.leave, always_call=True),
-        ]
+        around = Around(attention, name)
+        attention.forward = around
+        return [around]
+
+    def enter(self, tokens: Float[Tensor, "n t d"]) -> None:
+        """Before the module runs on these tokens."""
+        self.tell("inputs", lambda: tokens[None])
 
     def space(self, name: str, kind: str, width: int, blocks: int) -> Space:
         """Rows that `show` tells under this kind."""
@@ -156,34 +157,47 @@ class Taken(TorchFunctionMode):
         return self.part.attend(*args, **(kwargs or {}))
 
 
-class Inside:
-    """Hooks around an attention module; each thread its own, and each copy of the model."""
+class Around:
+    """In the place of an attention module's `forward`: the module's own, while attention is the part's.
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.open: dict[int, list[Taken]] = {}
+    Args:
+        module: that has the part.
+        name: of the part in it.
+    """
 
-    def enter(self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-        """Before the module runs."""
-        part = getattr(module, self.name)
-        part.tell("inputs", lambda: first(given, named)[None])
-        taken = Taken(part)
-        taken.__enter__()  # type: ignore[no-untyped-call]
-        self.open.setdefault(get_ident(), []).append(taken)
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.module, self.name = module, name
+        self.own = vars(module).get("forward")  # of who else has put one there
 
-    def leave(self, module: nn.Module, _: tuple[Any, ...], found: Any) -> None:
-        """Behind it, also after an exception."""
-        opened = self.open.get(get_ident())
-        if not opened:
-            return
-        taken = opened.pop()
-        taken.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        if found is not None and not taken.calls:
-            raise complaint(
-                f"a {type(module).__name__} that computes attention by itself",
-                "a call of torch.nn.functional.scaled_dot_product_attention",
-                "Load the model with attn_implementation='sdpa', or let its module call that function.",
-            )
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        """As the module is called."""
+        if torch.compiler.is_compiling():  # a compiled graph would be sent through the part a second time
+            return torch.compiler.disable(run)(self, given, named)  # type: ignore[no-untyped-call]
+        return run(self, given, named)
+
+    def remove(self) -> None:
+        """The module's own `forward` again."""
+        if self.own is None:
+            del self.module.forward
+        else:
+            self.module.forward = self.own
+
+
+def run(around: Around, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """The module's own `forward`, with attention taken over; also an exception gives it back."""
+    module = around.module
+    part = getattr(module, around.name)
+    part.enter(first(given, named))
+    with Taken(part) as taken:
+        own = around.own
+        found = type(module).forward(module, *given, **named) if own is None else own(*given, **named)
+    if not taken.calls:
+        raise complaint(
+            f"a {type(module).__name__} that computes attention by itself",
+            "a call of torch.nn.functional.scaled_dot_product_attention",
+            "Load the model with attn_implementation='sdpa', or let its module call that function.",
+        )
+    return found
 
 
 def weight_of(embedding: nn.Embedding) -> nn.Parameter:

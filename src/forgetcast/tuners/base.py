@@ -6,10 +6,11 @@ two holds and how the rows are seen while the model runs; whoever projects, meas
 not ask which tuner made them.
 """
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,12 +38,15 @@ class Space:
         width: d.
         blocks: k independent ones, such as heads.
         watch: while its context is open, every forward pass gives its rows (k, n, t, d) to the function.
+        fold: where smaller rows are watched, in blocks of their own: from their second moments (h, w, w) to those of
+            this space (k, d, d).
     """
 
     name: str
     width: int
     blocks: int
     watch: Callable[[Seen], AbstractContextManager[None]]
+    fold: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +152,7 @@ class Tuned(ABC):
         folder = self.folder(folder)
         part = folder / f"{TUNER_FILE}.part"
         state = {name: value.contiguous() for name, value in self.state().items()}
-        save_file(state, part, metadata={"tuner": repr(self.options)})
+        save_file(state, part, metadata={"tuner": json.dumps(_described(self.options))})
         part.replace(folder / TUNER_FILE)
 
     def folder(self, folder: str | Path) -> Path:
@@ -175,8 +179,9 @@ class Tuned(ABC):
         with safe_open(path, framework="pt") as file:
             kind = (file.metadata() or {}).get("tuner")
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        if kind != repr(self.options):
-            raise complaint(f"{path} holds {kind}", f"{self.options!r}", "Attach the tuner that was saved.")
+        saved, own = json.loads(kind or "{}"), _described(self.options)
+        if {**own, **saved, "layers": None} != {**own, "layers": None} or "tuner" not in saved:
+            raise complaint(f"{path} holds {kind}", f"{json.dumps(own)}", "Attach the tuner that was saved.")
         self.load_state(state)
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -198,17 +203,22 @@ class Tuned(ABC):
                 parameter.copy_(state[name])
 
 
+def _described(options: Any) -> dict[str, Any]:
+    """A tuner and its options as JSON values. Which layers have it is known from the names of the parameters."""
+    return {"tuner": type(options).__name__, **asdict(options)}
+
+
 def inputs_of(module: nn.Module, name: str, width: int, constant: bool = False) -> Space:
     """The rows that a linear layer gets; with `constant` a 1 at the end of each, on which the bias acts."""
 
     @contextmanager
     def watch(seen: Seen) -> Iterator[None]:
-        def hook(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-            rows = given[0].detach()
+        def hook(_: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+            rows = (given[0] if given else named["input"]).detach()
             rows = rows.reshape(len(rows), -1, width)
             seen((torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], 2) if constant else rows)[None])
 
-        handle = module.register_forward_pre_hook(hook)
+        handle = module.register_forward_pre_hook(hook, with_kwargs=True)
         try:
             yield
         finally:

@@ -15,16 +15,21 @@ attention) the first two are enough, with C, gamma and sigma left out. PEGP's co
 are x D^T = 0 and p D^T = 0 for the inputs x of the block: `conditions="paper"`.
 """
 
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from forgetcast.checks import complaint
 from forgetcast.tuners.attention import START, Added, first, weight_of
 from forgetcast.tuners.base import Conditions, Site
-from forgetcast.tuners.placed import Heads, expanded
+from forgetcast.tuners.normalisation import Normalisation
+from forgetcast.tuners.placed import Heads, Projected, expanded
+
+ALIKE = 0.3
+"""Relative error below which a block is taken to be as it is described; a wrong description gives 1 or so."""
 
 
 class PromptPart(Added):
@@ -36,40 +41,56 @@ class PromptPart(Added):
         gated: whether a gate starts at zero.
         norm: the normalisation before attention; None where there is none.
         project: tokens (n, m, d) to keys and values (n, m, k, width).
+        passes: whether tokens pass what is before attention; if not, they stand behind its normalisation.
     """
 
-    def __init__(self, length: int, heads: Heads, gated: bool, norm: nn.Module | None, project: Any) -> None:
+    def __init__(
+        self,
+        length: int,
+        heads: Heads,
+        gated: bool,
+        norm: Normalisation | None,
+        project: Projected,
+        passes: bool = True,
+    ) -> None:
         super().__init__(heads.keys, heads.width, gated)
         self.embedding = nn.Embedding(length, heads.inputs)
         nn.init.normal_(self.embedding.weight, std=START)
-        self.frozen = (norm, project)  # in a tuple: they are the block's own, not parts of this one
+        self.norm = norm
+        self.project = project
+        self.passes = passes
+        self.compared = False
+        self.block_inputs: Tensor | None = None
+        self.given: Tensor | None = None
 
     def tokens(self, samples: int) -> tuple[Float[Tensor, "n m k d"], Float[Tensor, "n m k d"]]:
         """Keys and values for each sample."""
-        norm, project = self.frozen
         tokens = self.prompts(samples)
-        keys, values = project(tokens if norm is None else norm(tokens))
-        return keys, values
+        return self.project(tokens if self.norm is None else self.norm(tokens))
 
     def prompts(self, samples: int) -> Float[Tensor, "n m d"]:
         """The tokens, for each sample."""
         return expanded(self.embedding, samples)
 
     def show(self, query: Float[Tensor, "n h l d"], shares: Float[Tensor, "n h l m"]) -> None:
-        """Queries as the tokens meet them, and shares; all heads together."""
-        tokens, norm = self.embedding.weight.detach(), self.frozen[0]
-        self.tell("affinity", lambda: _together(self._met(query)))
-        self.tell("shares", lambda: _together(shares / spread(norm, tokens).to(shares)))
+        """Queries by head, which `fold` takes to the tokens; shares, all heads together."""
+        tokens = self.embedding.weight.detach()
+        spread = 1.0 if self.norm is None else self.norm.spread(tokens).to(shares)
+        self.tell("affinity", lambda: query.transpose(0, 1))
+        self.tell("shares", lambda: (shares / spread).flatten(1, 2)[None])
         super().show(query, shares)
 
-    def _met(self, query: Float[Tensor, "n h l d"]) -> Float[Tensor, "n h l c"]:
-        norm, project = self.frozen
-        like = self.embedding.weight
+    def fold(self, moments: Float[Tensor, "h w w"]) -> Float[Tensor, "1 d d"]:
+        """From second moments of queries to those of C gamma W_k q, over all heads. Cost: h (w^2 d + w d^2)."""
+        like = self.embedding.weight.detach()
         unit = torch.eye(like.shape[1], dtype=like.dtype, device=like.device)
-        map_ = (project(unit[None])[0] - project(torch.zeros_like(unit)[None])[0])[0]  # c k width
-        map_ = map_.repeat_interleave(query.shape[1] // self.heads, 1).to(query)
-        rows = torch.einsum("nhld,chd->nhlc", query, map_)
-        return rows if norm is None else centred(norm, rows * scale_of(norm, like).to(rows))
+        with torch.no_grad():
+            bias = self.project(torch.zeros_like(unit[:1])[None])[0]
+            map_ = (self.project(unit[None])[0] - bias)[0].movedim(0, 2)  # k width d
+            if self.norm is not None:
+                map_ = self.norm.centred(map_ * self.norm.scale(like))
+            map_ = map_.repeat_interleave(len(moments) // self.heads, 0).to(moments)
+        return torch.einsum("hwc,hwv,hve->ce", map_, moments, map_)[None]
 
     def sites(self, name: str, conditions: Conditions) -> tuple[Site, ...]:
         """One matrix (m, d), acted on from both sides."""
@@ -78,9 +99,9 @@ class PromptPart(Added):
         gate = super().sites(name, conditions)
         if conditions == "paper":
             return Site(names, parameters, right=self.space(name, "block inputs", width, 1)), *gate
-        right, left = self.space(name, "affinity", width, 1), self.space(name, "shares", length, 1)
-        norm = self.frozen[0]
-        kept = None if norm is None else partial(centred, norm)
+        right = replace(self.space(name, "affinity", width, 1), fold=self.fold)
+        left = self.space(name, "shares", length, 1)
+        kept = None if self.norm is None else self.norm.centred
         return Site(names, parameters, right=right, left=left, centred=kept), *gate
 
     def around(self, name: str, attention: nn.Module, block: nn.Module) -> list[Any]:
@@ -90,32 +111,47 @@ class PromptPart(Added):
             block.register_forward_pre_hook(self._entered, with_kwargs=True),
         ]
 
+    def enter(self, tokens: Float[Tensor, "n t d"]) -> None:
+        """Before the attention module runs; the first time, whether its input is what the tokens will pass."""
+        super().enter(tokens)
+        before, self.block_inputs = self.block_inputs, None
+        if self.compared:
+            return
+        self.given = tokens
+        if self.passes and before is not None and before.shape == tokens.shape:
+            require_alike(
+                f"attention inputs of a block {'without' if self.norm is None else 'with'} a normalisation before them",
+                before if self.norm is None else self.norm(before),
+                tokens,
+                "Correct norm= in the anatomy, or take Prompt(normalised=False) or Prefix.",
+            )
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, *given: Any, **named: Any) -> Float[Tensor, "n h l d"]:
+        """In the place of `scaled_dot_product_attention`."""
+        self.compare(key, value)
+        return super().attend(query, key, value, *given, **named)
+
+    def compare(self, key: Tensor, value: Tensor) -> None:
+        """The first time, whether the block's projections give the keys and values that its attention has."""
+        tokens, self.given = self.given, None
+        if self.compared or tokens is None or tokens.shape[1] != key.shape[2]:
+            return
+        copies = key.shape[1] // self.heads
+        keys, values = (part.transpose(1, 2).repeat_interleave(copies, 1) for part in self.project(tokens))
+        require_alike("values of each head", values, value, "Name key= and value= in the anatomy, or take Prefix.")
+        lengths = keys.norm(dim=-1), key.norm(dim=-1)  # which rotations leave
+        require_alike("lengths of keys", *lengths, "Take Prefix where keys are normalised behind their projection.")
+        self.compared = True
+
     def _entered(self, _: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         self.tell("block inputs", lambda: first(given, named)[None])
         self.tell("block inputs", lambda: self.embedding.weight[None, :, None])
+        if not self.compared:
+            self.block_inputs = first(given, named)
 
 
-def centred(norm: nn.Module, rows: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
-    """Rows less their means, if that is what a normalisation does: LayerNorm does, RMSNorm does not."""
-    return rows - rows.mean(-1, keepdim=True) if isinstance(norm, nn.LayerNorm) else rows
-
-
-def spread(norm: nn.Module | None, tokens: Float[Tensor, "m d"]) -> Float[Tensor, " m"]:
-    """sigma, by which a normalisation divides each token; 1 where there is none."""
-    if norm is None:
-        return torch.ones_like(tokens[:, 0])
-    epsilon = getattr(norm, "eps", getattr(norm, "variance_epsilon", 0.0))
-    return (centred(norm, tokens).square().mean(1) + epsilon).sqrt()
-
-
-def scale_of(norm: nn.Module, like: Tensor) -> Float[Tensor, " d"]:
-    """gamma, by which a normalisation multiplies, found from what it does to a token of signs."""
-    signs = torch.ones_like(like[:1])
-    signs[:, ::2] = -1
-    unit = centred(norm, signs) / spread(norm, signs)
-    found: Tensor = (norm(signs) - norm(torch.zeros_like(signs))) / unit
-    return found[0]
-
-
-def _together(rows: Float[Tensor, "n h l d"]) -> Float[Tensor, "1 n t d"]:
-    return rows.flatten(1, 2)[None]
+def require_alike(name: str, expected: Tensor, found: Tensor, remedy: str) -> None:
+    """Raise unless two tensors are nearly equal; clips and the like may come between."""
+    error = float(((expected - found).norm() / found.norm()).detach())
+    if not error < ALIKE:
+        raise complaint(f"{name} that are {error:.0%} from what the block has", "the same but for clips", remedy)

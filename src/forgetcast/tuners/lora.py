@@ -172,7 +172,9 @@ def lora_sites(model: nn.Module) -> tuple[Site, ...]:
             )
         for factor in ("lora_A", "lora_B"):
             for adapter, part in getattr(layer, factor).items():
-                if not part.weight.requires_grad:
+                if not any(
+                    value.requires_grad for value in (part.parameters() if isinstance(part, nn.Module) else [part])
+                ):
                     continue
                 if not isinstance(part, nn.Linear) or layer.use_dora.get(adapter, False):
                     raise complaint(

@@ -10,6 +10,7 @@ from forgetcast.checks import complaint, require_choice, require_integer
 from forgetcast.tuners.anatomy import Anatomy, Block, anatomy
 from forgetcast.tuners.attention import Beside
 from forgetcast.tuners.deep import PromptPart
+from forgetcast.tuners.normalisation import understood
 from forgetcast.tuners.placed import Heads, TunedInAttention, place
 from forgetcast.tuners.shallow import Carried, ShallowPart, carried
 
@@ -67,9 +68,15 @@ class Prompt:
         def made(block: Block, heads: Heads) -> Beside:
             if shallow and block != blocks[0]:
                 return Carried(self.length, heads, self.gated)
-            norm = model.get_submodule(block.norm) if self.normalised and block.norm else None
-            part = ShallowPart if shallow else PromptPart
-            return part(self.length, heads, self.gated, norm, heads.projection(model, block))
+            norm = None
+            if self.normalised and block.norm:
+                module = model.get_submodule(block.norm)
+                like = next(model.get_submodule(str(block.attention)).parameters())
+                norm = understood(module, heads.inputs, like.detach())
+            projection = heads.projection(model, block)
+            if shallow:
+                return ShallowPart(self.length, heads, self.gated, norm, projection)
+            return PromptPart(self.length, heads, self.gated, norm, projection, self.normalised)
 
         tuned = place(model, self, parts, self.layers, PART, made)
         if shallow:

@@ -22,7 +22,8 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from forgetcast.checks import complaint
 from forgetcast.tuners.attention import Beside, shares_of
 from forgetcast.tuners.deep import PromptPart
-from forgetcast.tuners.placed import Heads
+from forgetcast.tuners.normalisation import Normalisation
+from forgetcast.tuners.placed import Heads, Projected
 
 
 class Carried(Beside):
@@ -67,9 +68,14 @@ class Carried(Beside):
 class ShallowPart(Carried, PromptPart):
     """The tokens, before the first block, and its gates."""
 
-    def __init__(self, length: int, heads: Heads, gated: bool, norm: nn.Module | None, project: Any) -> None:
+    def __init__(self, length: int, heads: Heads, gated: bool, norm: Normalisation | None, project: Projected) -> None:
         PromptPart.__init__(self, length, heads, gated, norm, project)
         self.m = length
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, *given: Any, **named: Any) -> Float[Tensor, "n h t d"]:
+        """In the place of `scaled_dot_product_attention`."""
+        self.compare(key, value)
+        return Carried.attend(self, query, key, value, *given, **named)
 
 
 def carried(model: nn.Module, blocks: Sequence[tuple[nn.Module, str]]) -> list[Any]:
@@ -118,7 +124,10 @@ class Carry:
         tokens = given[0] if given else named["hidden_states"]
         length = tokens.shape[1] - self.part.m
         rest = tuple(self._longer(value, length) for value in given[1:])
-        held = {key: value if key == "hidden_states" else self._longer(value, length) for key, value in named.items()}
+        held = {
+            key: value if key == "hidden_states" else self._longer(value, length, "mask" in key)
+            for key, value in named.items()
+        }
         return (*given[:1], *rest), held
 
     def take(self, _: nn.Module, __: tuple[Any, ...], found: Any) -> Any:
@@ -127,15 +136,17 @@ class Carry:
             return (found[0][:, self.part.m :], *found[1:])
         return found[:, self.part.m :]
 
-    def _longer(self, value: Any, length: int) -> Any:
+    def _longer(self, value: Any, length: int, mask: bool = False) -> Any:
+        """A tensor of the longer sequence: of two axes, positions (0) or a mask of tokens that are there (1)."""
         m = self.part.m
+        mask = mask or (isinstance(value, Tensor) and value.dtype == torch.bool)
         if isinstance(value, tuple) and len(value) == 2 and all(isinstance(part, Tensor) for part in value):
             cosine, sine = value  # no rotation
             return pad(cosine, (0, 0, m, 0), value=1.0), pad(sine, (0, 0, m, 0))
         if not isinstance(value, Tensor) or value.shape[-1] != length:
             return value
         if value.ndim == 2:
-            return pad(value, (m, 0))
+            return pad(value, (m, 0), value=float(mask))
         if value.ndim != 4:
             return value
         seen, hidden = (True, False) if value.dtype == torch.bool else (0.0, torch.finfo(value.dtype).min)
