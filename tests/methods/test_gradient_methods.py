@@ -31,7 +31,7 @@ def digits():
     return torch.tensor(images[:600], dtype=torch.float32) / 16, torch.tensor(labels[:600])
 
 
-def backbone(name):
+def backbone(name="sequential"):
     layers = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 16), nn.Tanh())
     return tuned_where_needed(name, layers, 16)
 
