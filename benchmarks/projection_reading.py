@@ -96,7 +96,7 @@ def _best(result: Table, pairs: Sequence[Pair]) -> str:
 
 
 def _gradients(result: Table, _: Sequence[Pair]) -> str:
-    return _against(result, {"target": "gradient"}, "Gradients projected in the place of steps", ["adapter", "lora"])
+    return _against(result, {"target": "gradient"}, "Gradients projected in the place of steps", ["adapter"])
 
 
 def _paper(result: Table, _: Sequence[Pair]) -> str:

@@ -20,7 +20,7 @@ from benchmarks.machine import RESULTS, floor
 from benchmarks.method_runs import Store
 from benchmarks.projection_page import page
 from benchmarks.projection_reading import reading
-from benchmarks.projection_runs import TUNERS, Run, Table, cost_of_clip, measured
+from benchmarks.projection_runs import TUNERS, Learner, Run, Table, cost_of_clip, measured
 from benchmarks.projection_settings import SETTINGS, Cached
 
 SEEDS = (0, 1, 2)
@@ -55,17 +55,18 @@ def pairs(settings: Sequence[str]) -> list[Run]:
 
 def controls(settings: Sequence[str]) -> list[Run]:
     """The frozen model; and tuners that train on the first task alone."""
-    frozen = [Run(name, None, learner) for name in settings for learner in ("means", "head")]
-    return [*frozen, *(Run(name, "adapter", "first task") for name in settings)]
+    learners: tuple[tuple[str | None, Learner], ...] = ((None, "means"), ("adapter", "first task"), (None, "head"))
+    return [Run(name, tuner, learner) for tuner, learner in learners for name in settings]
 
 
 def ablations(settings: Sequence[str]) -> list[Run]:
-    """Other thresholds, the paper's conditions where they differ, and its projection of gradients."""
+    """The paper's conditions where they differ, its projection of gradients, other thresholds."""
     if ABLATED not in settings:
         return []
-    found = [Run(ABLATED, tuner, projection={"threshold": value}) for value in THRESHOLDS for tuner in TUNERS]
-    paper = [Run(ABLATED, tuner, projection={"conditions": "paper"}) for tuner in TOKENS]
-    return [*found, *paper, *(Run(ABLATED, tuner, projection={"target": "gradient"}) for tuner in ("adapter", "lora"))]
+    options = [(tuner, {"conditions": "paper"}) for tuner in TOKENS]
+    options += [("adapter", {"target": "gradient"})]
+    options += [(tuner, {"threshold": value}) for tuner in ("adapter", "prefix") for value in THRESHOLDS]
+    return [Run(ABLATED, tuner, projection=one) for tuner, one in options]
 
 
 def begin(data: Data, folder: Path) -> None:
@@ -137,7 +138,7 @@ def measure(store: Store, folder: Path, settings: Sequence[str], workers: int) -
             rates |= chosen(store, some)
         for part in (pairs, controls, ablations):
             rows = at_rates(part(settings), rates)
-            complete(store, pool, [replace(run, seed=seed) for seed in SEEDS for run in rows], hashes, "runs")
+            complete(store, pool, [replace(run, seed=seed) for run in rows for seed in SEEDS], hashes, "runs")
 
 
 if __name__ == "__main__":

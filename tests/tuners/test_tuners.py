@@ -28,13 +28,13 @@ TUNERS = {
     "shallow prompt": Prompt(length=3, depth="shallow"),
     "prompt behind the normalisation": Prompt(length=24, normalised=False),
 }
-IDENTICAL = [(kind, name) for kind in KINDS for name in TUNERS if name != "prefix without a gate"]
+VARIATIONS = ("sequential adapter", "adapter with biases", "LoRA everywhere", "prefix without a gate")
+CASES = [(kind, name) for kind in KINDS for name in TUNERS if name not in VARIATIONS]
+CASES += [(kind, name) for kind in ("bert", "gpt2", "fused") for name in VARIATIONS]
+IDENTICAL = [(kind, name) for kind, name in CASES if name != "prefix without a gate"]
 PRE_NORM = {"vit", "deit", "dinov2", "clip", "gpt2", "llama", "gpt_neox", "fused"}
 EXACT = [
-    (kind, name)
-    for kind in KINDS
-    for name in TUNERS
-    if name != "shallow prompt" and (name != "prompt" or kind not in PRE_NORM)
+    (kind, name) for kind, name in CASES if name != "shallow prompt" and (name != "prompt" or kind not in PRE_NORM)
 ]
 
 
