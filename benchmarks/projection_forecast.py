@@ -137,8 +137,8 @@ def page(result: Table) -> str:
     reading = (
         f"The forecast drift is lower with projection in {sum(fewer)} of {len(fewer)} pairs, the measured one in "
         f"{sum(really)}. Its size is within a factor of {factor:.1f} of the measured one in all rows where that is "
-        f"above 0.001; its direction is not to be relied on (median cosine {median(cosines):.2f}): the tuner's part of a drift "
-        "is small beside the noise of a few samples here."
+        f"above 0.001; its direction is not to be relied on (median cosine {median(cosines):.2f}): the tuner's part of "
+        "a drift is small beside the noise of a few samples here."
     )
     return HEAD.format(
         learnt=LEARNT, seed=SEED, budget=BUDGET, epochs=EPOCHS, old=OLD, table="\n".join(table), reading=reading
