@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
 from benchmarks.machine import floor, interleaved, save, spread
-from forgetcast.protect.projection import Projection, protect
+from forgetcast.protect.projection import Projection
+from forgetcast.protect.restraint import protect
 from forgetcast.protect.spaces import Basis, Moment
 from forgetcast.tuners.adapter import Adapter
 from forgetcast.tuners.lora import LoRA

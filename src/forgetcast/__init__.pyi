@@ -27,7 +27,7 @@ from .forecast.training import Ridge as Ridge
 from .protect.projected import GradientProjection as GradientProjection
 from .protect.projected import StandingRows as StandingRows
 from .protect.projection import Projection as Projection
-from .protect.projection import protect as protect
+from .protect.restraint import protect as protect
 from .protect.spectral import SpectralAnchor as SpectralAnchor
 from .protect.spectral import SpectralProbe as SpectralProbe
 from .protect.spectral import combined_penalty as combined_penalty

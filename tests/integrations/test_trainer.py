@@ -7,7 +7,8 @@ from torch import Tensor, nn
 transformers = pytest.importorskip("transformers")
 
 from forgetcast.integrations.trainer import projection_callback  # noqa: E402
-from forgetcast.protect.projection import Projection, protect  # noqa: E402
+from forgetcast.protect.projection import Projection  # noqa: E402
+from forgetcast.protect.restraint import protect  # noqa: E402
 from forgetcast.tuners.adapter import Adapter  # noqa: E402
 from forgetcast.tuners.anatomy import Anatomy, Block  # noqa: E402
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import forgetcast as fc
-from forgetcast.protect.projection import Projection, protect
+from forgetcast.protect.projection import Projection
+from forgetcast.protect.restraint import protect
 from forgetcast.protect.spaces import Basis
 from forgetcast.tuners.adapter import Adapter
 from forgetcast.tuners.anatomy import Anatomy, Block

@@ -8,7 +8,8 @@ pytest.importorskip("transformers")
 from tuned_models import hidden, inputs, small
 
 from forgetcast.protect.halves import merge_halves
-from forgetcast.protect.projection import Projection, protect
+from forgetcast.protect.projection import Projection
+from forgetcast.protect.restraint import protect
 from forgetcast.tuners.prompt import Prompt
 
 

@@ -8,7 +8,8 @@ pytest.importorskip("peft")
 
 from tuned_models import IMAGES, inputs, small
 
-from forgetcast.protect.projection import Projection, protect
+from forgetcast.protect.projection import Projection
+from forgetcast.protect.restraint import protect
 from forgetcast.tuners.adapter import Adapter
 from forgetcast.tuners.lora import LoRA
 from forgetcast.tuners.prefix import Prefix

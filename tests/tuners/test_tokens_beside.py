@@ -10,7 +10,8 @@ transformers = pytest.importorskip("transformers")
 
 from tuned_models import KINDS, LAYERS, hidden, inputs, small  # noqa: E402 - these import transformers
 
-from forgetcast.protect.projection import Projection, protect  # noqa: E402
+from forgetcast.protect.projection import Projection  # noqa: E402
+from forgetcast.protect.restraint import protect  # noqa: E402
 from forgetcast.tuners.anatomy import Anatomy, anatomy  # noqa: E402
 from forgetcast.tuners.base import Site  # noqa: E402
 from forgetcast.tuners.prefix import Prefix  # noqa: E402

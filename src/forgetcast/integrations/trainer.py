@@ -4,7 +4,8 @@ from contextlib import ExitStack
 from typing import Any
 
 from forgetcast.checks import require_module
-from forgetcast.protect.projection import Projection, Target, protect
+from forgetcast.protect.projection import Projection
+from forgetcast.protect.restraint import Target, protect
 
 
 def projection_callback(projection: Projection, target: Target = "step") -> Any:

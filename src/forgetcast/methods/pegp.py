@@ -6,7 +6,8 @@ from forgetcast.checks import require_choice
 from forgetcast.methods.base import Model, Protection
 from forgetcast.methods.sequential import Sequential
 from forgetcast.protect.projected import GradientProjection, StandingRows
-from forgetcast.protect.projection import Blend, Target
+from forgetcast.protect.projection import Blend
+from forgetcast.protect.restraint import Target
 from forgetcast.protect.spaces import Energy
 from forgetcast.tuners.base import Conditions
 

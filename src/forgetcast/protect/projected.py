@@ -13,7 +13,8 @@ from forgetcast.forecast.network.head import Restraint as Restrain
 from forgetcast.heads.linear import Linear
 from forgetcast.methods.base import Model, Protection, State, TaskData
 from forgetcast.protect.parameters import trainable
-from forgetcast.protect.projection import TARGETS, Blend, Projection, Restraint, Target, require_settings
+from forgetcast.protect.projection import Blend, Projection, require_settings
+from forgetcast.protect.restraint import TARGETS, Restraint, Target
 from forgetcast.protect.spaces import Energy, attention_mask
 from forgetcast.tuners.base import CONDITIONS, Conditions, Site, inputs_of
 from forgetcast.tuners.sites import sites_of

@@ -8,7 +8,7 @@ import pytest
 import forgetcast as fc
 from forgetcast.forecast import filters
 from forgetcast.forecast.network import entry
-from forgetcast.protect import projection
+from forgetcast.protect import restraint
 
 LIGHT = "import sys, forgetcast as fc; assert not {'torch', 'numpy', 'pandas'} & set(sys.modules)"
 FUNCTION_FIRST = f"""
@@ -27,7 +27,7 @@ from forgetcast.forecast.training import SGD
 from forgetcast.forecast.network.entry import forecast
 import forgetcast as fc
 assert fc.forecast is forecast and fc.SGD is SGD
-from forgetcast.protect.projection import protect
+from forgetcast.protect.restraint import protect
 assert fc.protect is protect
 assert importlib.reload(sys.modules["forgetcast.forecast"]).__path__
 assert fc.forecast is forecast
@@ -41,6 +41,6 @@ def test_neither_hides_the_other(code):
 
 def test_here():
     assert fc.forecast is entry.forecast
-    assert fc.protect is projection.protect
+    assert fc.protect is restraint.protect
     assert filters.__name__ == "forgetcast.forecast.filters"
     assert {"forecast", "NetworkForecast", "Frontier", "Trust", "place_rows"} <= set(fc.__all__)
