@@ -32,6 +32,7 @@ from forgetcast.learn.samples import Samples
 from forgetcast.learn.seeding import epoch_order, random_state, restore_random_state, seed_everything
 from forgetcast.learn.step import require_precision, take_step
 from forgetcast.methods.base import Method, TaskData
+from forgetcast.protect.parameters import training_mode
 from forgetcast.streams.scenarios import Stream
 
 LOG_EVERY = 50
@@ -195,6 +196,9 @@ class _Run:
             method.begin_task(task)
             progress.trainable_parameters.append(trainable_parameters(method))
             progress.begun = True
+            for decision in method.decided():
+                if decision["task"] == task.index:
+                    self.report({"event": "decision", "run_step": self.starts[task.index], **decision})
         if method.takes_steps(task.index):
             self.train(task)
         method.end_task(task)
@@ -212,7 +216,7 @@ class _Run:
         epoch_steps, steps = self.samples.epoch_steps(task.index), self.steps(task.index)
         if self.optimizer is None:
             self.optimizer = self.new_optimizer()
-        self.method.model.train()
+        training_mode(self.method.model)
         order = torch.empty(0, dtype=torch.int64)
         first = True
         while progress.step < steps:

@@ -127,6 +127,10 @@ class Protection:
         """
         return None
 
+    def decided(self) -> list[dict[str, Any]]:
+        """What it decided before each task so far, in plain JSON values: `task`, `text` and whatever led to it."""
+        return []
+
     @property
     def acts_on_steps(self) -> bool:
         """Whether it has a say in the steps; if not, it acts before the first and after the last of a task alone."""
@@ -205,6 +209,10 @@ class Method(ABC):
         """Logits over every output seen so far. Each row depends on its own input alone."""
         logits: Tensor = self.model(inputs)
         return logits
+
+    def decided(self) -> list[dict[str, Any]]:
+        """What the protections decided before each task so far; the loop reports it, the record keeps it."""
+        return [decision for protection in self.protections for decision in protection.decided()]
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """What the optimiser trains, as `torch.optim` takes it."""

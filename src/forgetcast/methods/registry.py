@@ -13,6 +13,9 @@ from forgetcast.methods.sequential import Sequential
 
 METHODS: dict[str, str] = {
     "sequential": "forgetcast.methods.sequential:Sequential",
+    "initialized": "forgetcast.methods.sequential:Sequential",
+    "frozen": "forgetcast.methods.frozen:Frozen",
+    "adaptive": "forgetcast.methods.adaptive:Adaptive",
     "joint": "forgetcast.methods.joint:Joint",
     "probe": "forgetcast.methods.probe:Probe",
     "ewc": "forgetcast.methods.ewc:EWC",

@@ -36,6 +36,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def training_mode(model: nn.Module) -> None:
+    """Training mode, but for batch normalisations with weights of which none trains: their statistics stand still too.
+
+    Statistics that move under frozen weights change what a frozen part computes. Without weights of its own a
+    normalisation counts as part of what trains.
+    """
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            own = list(module.parameters(recurse=False))
+            module.train(module.training and (not own or any(parameter.requires_grad for parameter in own)))
+
+
 def chosen_rows(length: int, count: int, generator: torch.Generator) -> Tensor:
     """Up to `count` of `length` rows, drawn without replacement."""
     return torch.randperm(length, generator=generator)[:count]

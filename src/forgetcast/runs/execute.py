@@ -54,6 +54,8 @@ def execute(recipe: Recipe, root: Path, console: Console | None = None) -> Path:
                 event = {**event, "stored_numbers": event["stored_numbers"] + elsewhere}
             log(event)
             track(event)
+            if made.screen is not None and event["event"] == "decision":
+                made.screen.print(event["text"], markup=False, highlight=False)
             if bar is not None:
                 bar.on_event(event)
 

@@ -43,6 +43,7 @@ def measured(done: Learnt, stream: Stream, method: Method, *, numbers_elsewhere:
         "calibration_error": done.calibration_error,
         "evaluations": _events(done, ("evaluation", "task"), "accuracy") if done.evaluations else [],
         "epoch_losses": _events(done, ("epoch",), "loss"),
+        "decisions": method.decided(),
         "trainable_parameters": done.trainable_parameters,
         "stored_numbers": [count + numbers_elsewhere for count in done.stored_numbers],
         "seconds_training": done.seconds,

@@ -88,6 +88,9 @@ def tracked_values(event: Mapping[str, Any]) -> dict[str, float]:
     kind = event["event"]
     if kind in ("step", "epoch"):
         return {f"loss/{kind}": event["loss"]}
+    if kind == "decision":
+        numbers = {key: value for key, value in event.items() if isinstance(value, float)}
+        return {"modules_that_train": float(len(event["trained"])), **numbers}
     accuracies = event["accuracy"]
     values = {"accuracy/mean": fmean(accuracies)}
     values |= {f"accuracy/task_{index}": accuracy for index, accuracy in enumerate(accuracies)}

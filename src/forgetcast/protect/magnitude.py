@@ -1,0 +1,268 @@
+"""How many modules of a backbone train on each task after the first."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from forgetcast.checks import complaint, require_choice, require_integer, require_number
+from forgetcast.forecast.network.modules import Modules, modules_of
+from forgetcast.methods.base import Model, Protection, State, TaskData
+from forgetcast.protect.parameters import trainable
+from forgetcast.protect.similarity import METRICS, Metric, cosines, drawn, point_of, probe_error, standing_at
+from forgetcast.protect.similarity import task_gradient as gradient_of
+
+DIGITS = 6
+"""Of cosines that count as equal."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Which modules train on a task, and why.
+
+    Attributes:
+        task: counted from 0.
+        trained: modules that train, in the order of the model; the head always does.
+        modules: how many there are.
+        reason: in words.
+        cosine: of the gradients of this task and of the one before, over all modules.
+        cosines: by module.
+        probe_error: of rows fitted on the features as they are.
+        usual_error: the same just after the task before was learnt, on its own samples.
+    """
+
+    task: int
+    trained: tuple[str, ...]
+    modules: int
+    reason: str
+    cosine: float | None = None
+    cosines: Mapping[str, float] = field(default_factory=dict)
+    probe_error: float | None = None
+    usual_error: float | None = None
+
+    @property
+    def text(self) -> str:
+        """In a sentence."""
+        return f"task {self.task}: {len(self.trained)} of {self.modules} modules train, because {self.reason}"
+
+    def told(self) -> dict[str, Any]:
+        """Plain JSON values, the sentence among them."""
+        return {"text": self.text, **asdict(self), "trained": list(self.trained)}
+
+
+class LastModules(Protection):
+    """Frozen training: after the first task only the last modules and the head train.
+
+    Normalisations whose parameters stand still keep their statistics (`training_mode`).
+
+    Args:
+        specific: how many of the last modules train on; 0 leaves the head.
+        modules: patterns of parameter names, one a module; by default the blocks of the stack (`modules_of`).
+
+    Source: arXiv 2602.20796, which calls the part that trains task-specific and does not say which it is.
+    """
+
+    def __init__(self, specific: int = 0, *, modules: Sequence[str] | None = None) -> None:
+        require_integer("specific", specific)
+        self.specific = specific
+        self.patterns = modules
+        self.modules: Modules = {}
+        self.decisions: list[Decision] = []
+
+    def begin_task(self, model: Model, task: TaskData) -> None:
+        """Choose what trains.
+
+        Raises:
+            ValueError: a backbone of which nothing trains, or with fewer modules than are to train on.
+        """
+        self.modules = self.modules or modules_of(trainable(model.backbone), self.patterns)
+        names = list(self.modules)
+        if self.specific > len(names):
+            raise complaint(
+                f"specific={self.specific} of {len(names)} modules", f"at most {len(names)}", f"They are {names}."
+            )
+        chosen = names if task.index == 0 else names[len(names) - self.specific :]
+        reason = "it is the first" if task.index == 0 else f"the last {self.specific} are task-specific"
+        train_only(model, self.modules, chosen)
+        self.decisions.append(Decision(task.index, tuple(chosen), len(names), reason))
+
+    def decided(self) -> list[dict[str, Any]]:
+        """What trained in each task so far."""
+        return [decision.told() for decision in self.decisions]
+
+    def state_dict(self) -> State:
+        """Modules and decisions."""
+        return {"modules": _plain(self.modules), "decisions": self.decided()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+        self.modules = _modules(state["modules"])
+        self.decisions = _decisions(state["decisions"])
+
+
+class SimilarModulesRest(Protection):
+    r"""Adaptive training: the more alike two tasks are, the fewer modules train on the second.
+
+        count = least + round((L - least) clip((high - s) / (high - low), 0, 1))
+
+    with L modules and s the cosine of the two tasks' gradients. The modules whose own cosines are lowest train; among
+    equal ones the deepest. With low = high all train where s is below, and `least` where it is not. Both gradients are
+    taken at the weights before the first task (`protect/similarity.py`).
+
+    Guard: where the shared part was learnt badly, keeping it helps nobody, however alike the tasks are. Rows fitted on
+    the features as they are must not do much worse on the new task than they did on the last one just after it was
+    learnt: (error - usual) / (chance - usual) above `guard` trains everything.
+
+    Args:
+        least: modules that train on the most similar task, beside the head.
+        low: cosine at which all modules train.
+        high: cosine at which `least` do.
+        metric: of similarity: "cosine", "preconditioned" as Adam does, or "signs".
+        guard: see above; None for none.
+        samples: of each task, for its gradient and the guard, at most.
+        sketch: numbers kept of each module's gradient; all by default.
+        modules: patterns of parameter names, one a module; by default the blocks of the stack (`modules_of`).
+
+    Cost: in front of a task two passes forward and one backward of `samples`, and two readings of the task. Memory: the
+    trained parameters of the backbone twice, once with a sketch.
+
+    Source: arXiv 2602.20796, algorithm 1, which leaves metric's weights, thresholds and modules open.
+    """
+
+    def __init__(
+        self,
+        least: int = 0,
+        low: float = 0.2,
+        high: float = 0.6,
+        *,
+        metric: Metric = "cosine",
+        guard: float | None = 0.5,
+        samples: int = 512,
+        sketch: int | None = None,
+        modules: Sequence[str] | None = None,
+    ) -> None:
+        require_integer("least", least)
+        require_number("low", low, least=-1.0, most=1.0)
+        require_number("high", high, least=low, most=1.0)
+        require_choice("metric", metric, METRICS)
+        require_integer("samples", samples, least=2)
+        if guard is not None:
+            require_number("guard", guard, most=1.0)
+        if sketch is not None:
+            require_integer("sketch", sketch, least=1)
+        self.least, self.low, self.high = least, low, high
+        self.metric: Metric = metric
+        self.guard, self.samples, self.sketch = guard, samples, sketch
+        self.patterns = modules
+        self.modules: Modules = {}
+        self.decisions: list[Decision] = []
+        self.point: dict[str, Tensor] = {}
+        self.last: dict[str, Tensor] = {}
+        self.usual: float | None = None
+
+    def begin_task(self, model: Model, task: TaskData) -> None:
+        """Compare the task with the one before, and choose what trains.
+
+        Raises:
+            ValueError: a backbone of which nothing trains, or with fewer modules than `least`; gradients that are not
+                finite.
+        """
+        if not self.modules:
+            self.modules, self.point = modules_of(trainable(model.backbone), self.patterns), point_of(model.backbone)
+        names = list(self.modules)
+        if self.least > len(names):
+            raise complaint(
+                f"least={self.least} of {len(names)} modules", f"at most {len(names)}", f"They are {names}."
+            )
+        inputs, labels = drawn(task, self.samples)
+        error, chance = (None, 0.0) if self.guard is None or task.index == 0 else probe_error(model, inputs, labels)
+        with standing_at(model.backbone, self.point):
+            gradient = gradient_of(model, inputs, labels, self.modules, metric=self.metric, sketch=self.sketch)
+        by_module, cosine = cosines(gradient, self.last)
+        chosen, reason = self._chosen(task.index, by_module, cosine, error, chance)
+        train_only(model, self.modules, chosen)
+        decision = Decision(task.index, chosen, len(names), reason, cosine, by_module, error, self.usual)
+        self.decisions.append(decision)
+        self.last = gradient
+
+    def end_task(self, model: Model, task: TaskData) -> None:
+        """Take note of how well rows fitted on the features do now."""
+        if self.guard is not None:
+            self.usual = probe_error(model, *drawn(task, self.samples))[0]
+
+    def decided(self) -> list[dict[str, Any]]:
+        """What trained in each task so far, and why."""
+        return [decision.told() for decision in self.decisions]
+
+    def state_dict(self) -> State:
+        """All that the next comparison needs."""
+        return {
+            "modules": _plain(self.modules),
+            "decisions": self.decided(),
+            "point": dict(self.point),
+            "last": dict(self.last),
+            "usual": self.usual,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+        self.modules = _modules(state["modules"])
+        self.decisions = _decisions(state["decisions"])
+        self.point, self.last, self.usual = dict(state["point"]), dict(state["last"]), state["usual"]
+
+    def _chosen(
+        self, task: int, by_module: Mapping[str, float], cosine: float | None, error: float | None, chance: float
+    ) -> tuple[tuple[str, ...], str]:
+        names = tuple(self.modules)
+        if task == 0:
+            return names, "it is the first"
+        if cosine is None:
+            return names, "one of the two tasks has no gradient to compare"
+        told = f"its gradient has cosine {cosine:.2f} to that of the task before"
+        if self.guard is not None and error is not None and self.usual is not None:
+            excess = (error - self.usual) / (chance - self.usual) if chance > self.usual else 1.0
+            if excess > self.guard:
+                return names, f"features as they are do badly on it (error {error:.2f}, usual {self.usual:.2f}); {told}"
+        count = trained_modules(cosine, len(names), self.least, self.low, self.high)
+        return least_similar(by_module, count), f"{told} (all below {self.low:g}, {self.least} from {self.high:g} on)"
+
+
+def trained_modules(cosine: float, modules: int, least: int = 0, low: float = 0.2, high: float = 0.6) -> int:
+    """How many modules train: `least` from the cosine `high` on, all at `low` and below, linear in between.
+
+    Examples:
+        >>> [trained_modules(cosine, 12) for cosine in (0.1, 0.3, 0.5, 0.7)]
+        [12, 9, 3, 0]
+    """
+    if cosine >= high:
+        return least
+    return modules if cosine <= low else least + round((modules - least) * (high - cosine) / (high - low))
+
+
+def least_similar(by_module: Mapping[str, float], count: int) -> tuple[str, ...]:
+    """The `count` modules with the lowest cosines, in the order of the model; among equal ones the last."""
+    names = list(by_module)
+    ranked = sorted(range(len(names)), key=lambda place: (round(by_module[names[place]], DIGITS), -place))
+    return tuple(names[place] for place in sorted(ranked[:count]))
+
+
+def train_only(model: Model, modules: Modules, chosen: Sequence[str]) -> None:
+    """Let the parameters of the chosen modules train, and those of the others not."""
+    named = dict(model.backbone.named_parameters())
+    for module, own in modules.items():
+        for name in own:
+            named[name].requires_grad_(module in chosen)
+
+
+def _plain(modules: Modules) -> list[list[Any]]:
+    return [[name, list(own)] for name, own in modules.items()]  # a list: JSON objects need not keep their order
+
+
+def _modules(state: Sequence[Sequence[Any]]) -> Modules:
+    return {name: tuple(own) for name, own in state}
+
+
+def _decisions(state: Sequence[Mapping[str, Any]]) -> list[Decision]:
+    known = [{key: value for key, value in one.items() if key != "text"} for one in state]
+    return [Decision(**{**one, "trained": tuple(one["trained"])}) for one in known]
