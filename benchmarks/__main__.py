@@ -11,6 +11,7 @@ from benchmarks import (
     linear_against_training,
     linear_many_steps,
     loop_overhead,
+    magnitude_simulation,
     projection_speed,
     what_if_speed,
 )
@@ -34,12 +35,13 @@ MODULES = (
     what_if_speed,
     projection_speed,
     forty_kills,
+    magnitude_simulation,
 )
 for module in MODULES:
     name = module.__name__.split(".")[-1]
     result = module.run()
     save(name, result)
     table = Table("measurement", "value", title=module.__doc__)
-    for row in rows(result):
+    for row in rows(result.get("summary", result)):
         table.add_row(*row)
     Console().print(table)

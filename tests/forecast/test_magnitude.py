@@ -1,7 +1,9 @@
 """Closed forms of update magnitude against simulations of the linear model, and against each other."""
 
+import doctest
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -197,6 +199,30 @@ def test_without_a_shared_part_both_are_the_same():
         ) or (one == other)
 
 
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 20), st.integers(1, 20), st.integers(1, 45))
+def test_too_few_or_too_many_samples_are_refused_and_all_others_answered(p, p2, n):
+    """Within one of as many samples as trained parameters the expected error is infinite; crossings want more."""
+    shared = 0.1 if p else 0.0
+    task = Transition(p, p2, n, 0.3, shared, 0.1, shared, 0.1, shared, 0.1)
+    first = FirstTask(p, p2, n, 0.3, shared, 1.0, shared, 0.1)
+    calls = {
+        lambda: frozen(task).error: abs(p2 - n) > 1,
+        lambda: initialized(task).error: abs(p + p2 - n) > 1,
+        lambda: first.then(5).specific_error: abs(p + p2 - n) > 1,
+        lambda: sequence(p2, n, [0.1] * 2, [[0.0, 1.0], [1.0, 0.0]], [1.0] * 2).errors[-1][-1]: abs(p2 - n) > 1,
+        lambda: crossing(task): p > 0 and n > p + p2 + 1,
+        lambda: crossing_of_forgetting(task): p > 0 and n > p + p2 + 1,
+    }
+    for call, answered in calls.items():
+        if answered:
+            found = call()
+            assert not isinstance(found, float) or np.isfinite(found)
+        else:
+            with pytest.raises(ValueError, match=r"samples|crossing distance"):
+                call()
+
+
 def test_what_the_formulas_do_not_cover_is_refused():
     with pytest.raises(ValueError, match=r"40 trained parameters for 40 samples.*expected error is infinite"):
         frozen(replace(TASK, samples=40))
@@ -212,3 +238,24 @@ def test_what_the_formulas_do_not_cover_is_refused():
         sequence(10, 3, [0.1], [[0.0]], [1.0])
     with pytest.raises(ValueError, match="got gain"):
         optimal_specific(5, float("inf"), 0.1)
+    changes = [[0.0, 1.0], [1.0, 0.0]]
+    for trained, samples, noises, start, message in (
+        (0, 5, [0.1, 0.1], [1.0, 1.0], "trained=0"),
+        (10, -5, [0.1, 0.1], [1.0, 1.0], "samples=-5"),
+        (10, 5, [0.1, -1.0], [1.0, 1.0], "a number of noises=-1.0"),
+        (10, 5, [0.1, 0.1], [float("nan"), 1.0], "a number of start=nan"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sequence(trained, samples, noises, changes, start)
+    with pytest.raises(ValueError, match="a number of changes=-1.0"):
+        sequence(10, 5, [0.1, 0.1], [[0.0, -1.0], [1.0, 0.0]], [1.0, 1.0])
+    with pytest.raises(ValueError, match=r"no shared parameter, but shared_error=0.0108.*zeros"):
+        replace(TASK, shared=0)
+    with pytest.raises(ValueError, match=r"shared_turn=-5.0 with shared_size=1.0 and shared_change=0.1.*norms"):
+        FirstTask(6, 4, 30, 0.3, 1.0, 1.0, 0.1, 0.1, shared_turn=-5.0)
+
+
+def test_the_examples_of_the_page_give_what_it_says():
+    page = Path(__file__).parents[2] / "docs" / "magnitude.md"
+    done = doctest.testfile(str(page), module_relative=False, encoding="utf-8")
+    assert (done.failed, done.attempted > 5) == (0, True)

@@ -17,6 +17,7 @@ direction is another question: `forecast/step_length.py`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import sqrt
 from typing import Literal
 
@@ -59,6 +60,7 @@ class Transition:
         require_integer("samples", self.samples, least=1)
         for name in ("noise", *(f"{part}_{what}" for part in PARTS for what in ("error", "change", "distance"))):
             require_number(name, getattr(self, name))
+        _require_shared(self, "error", "change", "distance")
 
     @property
     def parameters(self) -> int:
@@ -158,8 +160,16 @@ class FirstTask:
         require_integer("samples", self.samples, least=1)
         for name in ("noise", *(f"{part}_{what}" for part in PARTS for what in ("size", "change"))):
             require_number(name, getattr(self, name))
-        for name in ("shared_turn", "specific_turn"):
-            require_number(name, getattr(self, name), least=-float("inf"))
+        _require_shared(self, "size", "change")
+        for part in PARTS:
+            turn, size, change = (getattr(self, f"{part}_{what}") for what in ("turn", "size", "change"))
+            require_number(f"{part}_turn", turn, least=-float("inf"))
+            if turn**2 > size * change * (1 + 1e-9):
+                raise complaint(
+                    f"got {part}_turn={turn!r} with {part}_size={size!r} and {part}_change={change!r}",
+                    "an inner product of at most the product of the norms, the roots of the other two",
+                    f"Correct {part}_turn; size and change are squared norms.",
+                )
 
     def then(self, samples: int) -> Transition:
         r"""The expected transition to a task 2 of n samples.
@@ -331,10 +341,12 @@ def sequence(
         start: e_k before the first task.
 
     Raises:
-        ValueError: fewer than two tasks; numbers of tasks that differ; p within 1 of n.
+        ValueError: fewer than two tasks; numbers of tasks that differ; a number below zero; p within 1 of n.
 
     Cost: T^2.
     """
+    require_integer("trained", trained, least=1)
+    require_integer("samples", samples, least=1)
     T = len(noises)
     if T < 2 or len(start) != T or len(changes) != T or any(len(row) != T for row in changes):
         raise complaint(
@@ -342,12 +354,25 @@ def sequence(
             "as many of each as tasks, at least two",
             "Give one of each for every task.",
         )
+    for name, values in {"noises": noises, "start": start, "changes": chain.from_iterable(changes)}.items():
+        for value in values:
+            require_number(f"a number of {name}", value)
     kept, spread, _ = _fit(trained, samples)
     rows = [tuple(float(value) for value in start)]
     for t in range(T):
         rows.append(tuple(kept * rows[-1][k] + (1 - kept) * changes[k][t] + spread * noises[t] for k in range(T)))
     forgetting = sum(rows[-1][k] - rows[k + 1][k] for k in range(T - 1)) / (T - 1)
     return Errors(tuple(rows), forgetting)
+
+
+def _require_shared(task: Transition | FirstTask, *what: str) -> None:
+    given = {f"shared_{name}": getattr(task, f"shared_{name}") for name in what}
+    if task.shared == 0 and any(given.values()):
+        raise complaint(
+            f"no shared parameter, but {', '.join(f'{name}={value!r}' for name, value in given.items())}",
+            "zeros where shared=0",
+            "Give the number of shared parameters, or zeros.",
+        )
 
 
 def _fit(trained: int, samples: int) -> tuple[float, float, Regime]:
