@@ -46,6 +46,7 @@ CONTROLS: tuple[tuple[str, str | None, Learner], ...] = (
     ("frozen, linear head", None, "head"),
     ("adapter trained on the first task alone", "adapter", "first task"),
 )
+BUSIER = "Measured later, beside other work on the machine: seconds here say nothing."
 Metric = tuple[str, str]
 CLASSIFIERS = {"means": "class means", "metrics": "linear head"}
 SHOWN: tuple[Metric, ...] = (
@@ -91,7 +92,7 @@ def page(result: Table, reading: Callable[[Table], list[str]]) -> str:
             "Controls:",
             _controls(result, name),
         ]
-    parts += ["## What it shows", _items(reading(result)), "## Other projections", _ablations(result)]
+    parts += ["## What it shows", _items(reading(result)), "## Other projections", BUSIER, _ablations(result)]
     spent = sum(run["cpu_seconds"] for part in ("tuning", "runs") for run in result[part].values()) / 60
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     counts = f"{len(result['runs'])} runs and {len(result['tuning'])} for rates"

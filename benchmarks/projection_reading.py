@@ -92,7 +92,7 @@ def _best(result: Table, pairs: Sequence[Pair]) -> str:
         }
         best = max((fmean(numbers), label) for label, numbers in found.items() if numbers)
         shown.append(f"{name}: {best[1]} ({best[0]:.1f})")
-    return f"Highest last accuracy of all: {'; '.join(shown)}."
+    return f"Highest last accuracy, other projections aside: {'; '.join(shown)}."
 
 
 def _gradients(result: Table, _: Sequence[Pair]) -> str:
