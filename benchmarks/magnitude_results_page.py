@@ -78,8 +78,12 @@ def similarities(result: Table, setting: str) -> list[float]:
 
 
 def _runs(result: Table, setting: str, method: str) -> list[Table]:
-    keys = [f"{setting} / {method} / seed {seed}" for seed in result["seeds"]]
-    return [result["runs"][key] for key in keys if key in result["runs"]]
+    """Of the seeds at which all methods have run."""
+    rows = [
+        {name: result["runs"].get(f"{setting} / {name} / seed {seed}") for name in result["methods"]}
+        for seed in result["seeds"]
+    ]
+    return [row[method] for row in rows if None not in row.values()]
 
 
 def _trained(result: Table, setting: str, method: str) -> float:

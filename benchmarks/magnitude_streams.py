@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -114,15 +114,20 @@ def corrupted(samples: Samples, name: str, seed: int) -> Stream:
 
 
 def permuted(samples: Samples, name: str, seed: int) -> Stream:
-    """The same classes in every task, each with samples of its own and, after the first, pixels in an own order."""
+    """The same digits in every task, with outputs, samples and, after the first, an order of pixels of its own."""
     drawn = np.random.default_rng(seed)
-    classes = np.unique(samples.labels)
-    stream = _stream(samples, name, classes, [classes] * TASKS, seed)
+    turns = np.empty_like(samples.labels)
+    for label, side in product(np.unique(samples.labels), (False, True)):
+        places = np.flatnonzero((samples.labels == label) & (samples.test == side))
+        turns[drawn.permutation(places)] = np.arange(len(places)) % TASKS
+    digits = len(np.unique(samples.labels))
     flat = samples.images.flatten(2).clone()
-    for task in stream.tasks[1:]:
-        places = torch.from_numpy(np.concatenate([task.train, task.test, task.validation]))
+    for task in range(1, TASKS):
+        places = torch.from_numpy(np.flatnonzero(turns == task))
         flat[places] = flat[places][:, :, torch.from_numpy(drawn.permutation(flat.shape[2]))]
-    return _replaced(stream, flat.view_as(samples.images))
+    labels = samples.labels + digits * turns
+    several = Samples(flat.view_as(samples.images), labels, samples.test)
+    return _stream(several, name, np.arange(TASKS * digits), np.split(np.arange(TASKS * digits), TASKS), seed)
 
 
 def _noisy(images: Tensor, noise: torch.Generator) -> Tensor:
@@ -151,13 +156,13 @@ def _stream(samples: Samples, name: str, classes: np.ndarray, groups: Sequence[n
     tasks = []
     place = {int(label): output for output, label in enumerate(classes)}
     owners = {int(label): [k for k, group in enumerate(groups) if label in group] for label in classes}
+    shared = max(map(len, owners.values()))
     parts: list[list[list[int]]] = [[[], []] for _ in groups]
     for label, having in owners.items():
         for side in (0, 1):
             own = order.permutation(np.flatnonzero((samples.labels == label) & (samples.test == side)))
-            most = len(own) // SHARES[len(groups[0]) == len(classes)]
-            for turn, task in enumerate(having):
-                parts[task][side] += own[turn * most : (turn + 1) * most].tolist()
+            for task, some in zip(having, np.array_split(own, max(len(having), shared)), strict=False):
+                parts[task][side] += some.tolist()
     for group, (train, test) in zip(groups, parts, strict=True):
         outputs = tuple(sorted(place[int(label)] for label in group))
         tasks.append(Task(outputs, np.sort(np.array(train)), np.sort(np.array(test))))
@@ -173,10 +178,6 @@ def _stream(samples: Samples, name: str, classes: np.ndarray, groups: Sequence[n
         {"stream": name},
         task_incremental=True,
     )
-
-
-SHARES = {False: 2, True: TASKS}
-"""Tasks that a class may be in, so that all streams of a kind have tasks of one size."""
 
 
 def _normal(images: Tensor) -> Tensor:
@@ -211,7 +212,7 @@ SETTINGS = {
         "split CIFAR-100", lambda folder, seed: split(cifar(folder, "cifar100", 120, 50), "cifar100", seed)
     ),
     "correlated": Setting(
-        "correlated CIFAR-100", lambda folder, seed: correlated(cifar(folder, "cifar100", 120, 50), "correlated", seed)
+        "correlated CIFAR-100", lambda folder, seed: correlated(cifar(folder, "cifar100", 240, 100), "correlated", seed)
     ),
     "corrupted": Setting(
         "corrupted CIFAR-100", lambda folder, seed: corrupted(cifar(folder, "cifar100", 120, 50), "corrupted", seed)

@@ -36,7 +36,7 @@ OPTIMIZATION = Optimization(
 METHODS: dict[str, Mapping[str, Any]] = {
     "initialized": {},
     "frozen": {"specific": 1},
-    "adaptive": {"least": 1},
+    "adaptive": {"least": 1, "low": 0.2, "high": 0.5, "order": "last", "guard": 0.75, "samples": 1024},
 }
 DOCS = Path(__file__).parents[1] / "docs" / "magnitude_results.md"
 

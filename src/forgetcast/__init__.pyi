@@ -3,6 +3,10 @@ from .forecast.linear import Trajectory as Trajectory
 from .forecast.linear import forecast_linear as forecast_linear
 from .forecast.moments import MomentForecast as MomentForecast
 from .forecast.moments import forecast_moments as forecast_moments
+from .forecast.network.advice import Advice as Advice
+from .forecast.network.advice import advise as advise
+from .forecast.network.candidates import Candidate as Candidate
+from .forecast.network.candidates import candidates as candidates
 from .forecast.network.diagnostics import DriftComparison as DriftComparison
 from .forecast.network.diagnostics import compare_drift as compare_drift
 from .forecast.network.entry import forecast as forecast

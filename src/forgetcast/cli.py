@@ -1,14 +1,51 @@
 """The command line. Everything heavy is imported inside the commands, so that `--help` answers at once."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import click
 
 from forgetcast import __version__
 
+Number = TypeVar("Number", int, float)
+
 # Exit codes: 0 done, 1 refused, 2 wrongly typed (click's own), 130 interrupted, and these.
 EXPECTATION_BROKEN, DROP_TOO_LARGE, NOT_TRUSTED = 3, 4, 5
+
+
+def _of_a_task(command: Callable[..., None]) -> Callable[..., None]:
+    """What the commands take that say something of a recipe's next task."""
+    given: tuple[Callable[[Callable[..., None]], Callable[..., None]], ...] = (
+        click.argument("recipe", type=click.Path(path_type=Path)),
+        click.argument("overrides", metavar="[key=value ...]", nargs=-1),
+        click.option(
+            "--root", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Of runs."
+        ),
+        click.option("--task", type=int, help="Counted from 0, at least 1; by default the one the run comes to next."),
+        click.option(
+            "--budget", type=float, default=0.15, show_default=True, help="Share of a training's cost; 1 replays it."
+        ),
+        click.option(
+            "--old", "most_old", type=int, default=1000, show_default=True, help="Old samples at most, of all classes."
+        ),
+    )
+    for option in reversed(given):
+        command = option(command)
+    return command
+
+
+@contextmanager
+def _of_a_run() -> Iterator[None]:
+    """What is refused said in words; the tasks of the run that were learnt so far stay when it is interrupted."""
+    try:
+        yield
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+    except KeyboardInterrupt:
+        click.echo("stopped: tasks learnt so far are saved", err=True)
+        raise SystemExit(130) from None
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -48,8 +85,9 @@ def demo(data: Path | None, output: Path, increment: int, seed: int) -> None:
 def report(run: Path) -> None:
     """Write report.html again from the record.json in the folder RUN (of the demo, report.png too).
 
-    RUN may be a forecast.json, of which forecast.html is written.
+    RUN may be a forecast.json or an advice.json, of which forecast.html or advice.html is written.
     """
+    from forgetcast.report.advice_page import is_advice, write_advice_report
     from forgetcast.report.forecast_page import is_forecast, write_forecast_report
     from forgetcast.report.page import write_report
     from forgetcast.report.run_page import is_run, write_run_report
@@ -57,7 +95,8 @@ def report(run: Path) -> None:
 
     try:
         record = read_record(run)
-        write = write_run_report if is_run(record) else write_forecast_report if is_forecast(record) else write_report
+        kinds = ((is_run, write_run_report), (is_forecast, write_forecast_report), (is_advice, write_advice_report))
+        write = next((write for meant, write in kinds if meant(record)), write_report)
         page = write(record, run if run.is_dir() else run.parent)
     except ValueError as error:
         raise click.ClickException(str(error)) from error
@@ -116,18 +155,9 @@ def run(recipe: Path, overrides: tuple[str, ...], root: Path, seeds: str, tracke
 
 
 @main.command()
-@click.argument("recipe", type=click.Path(path_type=Path))
-@click.argument("overrides", metavar="[key=value ...]", nargs=-1)
-@click.option("--root", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Of all runs.")
-@click.option("--task", type=int, help="Counted from 0, at least 1; by default the one that the run comes to next.")
+@_of_a_task
 @click.option(
     "--max-drop", type=float, default=0.02, show_default=True, help="Largest drop of old accuracy that is fine."
-)
-@click.option(
-    "--budget", type=float, default=0.15, show_default=True, help="Share of the training's cost; 1 replays it."
-)
-@click.option(
-    "--old", "most_old", type=int, default=1000, show_default=True, help="Old samples at most, evenly from all classes."
 )
 @click.option("--verify", is_flag=True, help="Learn the task for real afterwards, and compare.")
 @click.option("--diagnose", is_flag=True, help="Which layers carry the drift; with --verify, energy by direction.")
@@ -158,7 +188,7 @@ def forecast(
     from forgetcast.runs.recipe import load_recipe
     from forgetcast.runs.record import read_record
 
-    try:
+    with _of_a_run():
         path = forecast_recipe(
             load_recipe(recipe, overrides),
             root,
@@ -172,11 +202,6 @@ def forecast(
         )
         record = read_record(path)
         page = write_forecast_report(record, path.parent)
-    except ValueError as error:
-        raise click.ClickException(str(error)) from error
-    except KeyboardInterrupt:
-        click.echo("stopped: tasks learnt so far are saved", err=True)
-        raise SystemExit(130) from None
     console = Console(highlight=False)
     for line in forecast_lines(record):
         click.echo(line)
@@ -187,6 +212,73 @@ def forecast(
         raise SystemExit(NOT_TRUSTED)
     if not record["forecast"]["within_limit"]:
         raise SystemExit(DROP_TOO_LARGE)
+
+
+@main.command()
+@_of_a_task
+@click.option("--max-drop", type=float, help="Largest drop of old accuracy that is fine; by default any.")
+@click.option("--lengths", default="1", show_default=True, help="Shares of the way that the model goes, such as 0.5,1.")
+@click.option("--counts", help="Of the last modules that train, such as 0,1,4; by default 0, 1, 2, 4, ... and all.")
+@click.option("--module", "modules", multiple=True, help="A pattern of names, one a module; by default the blocks.")
+def advise(
+    recipe: Path,
+    overrides: tuple[str, ...],
+    root: Path,
+    task: int | None,
+    budget: float,
+    most_old: int,
+    max_drop: float | None,
+    lengths: str,
+    counts: str | None,
+    modules: tuple[str, ...],
+) -> None:
+    """Advise how many parameters of a RECIPE's model to train on its next task, by forecast.
+
+    Tasks before it are learnt first, as far as the run in --root has not come yet. `forgetcast run` goes on from there.
+    The run's directory then holds advice.json and advice.html.
+
+    Exits with 4 when nothing is forecast to stay within --max-drop, and with 5 when the forecast of what is recommended
+    is not to be trusted.
+    """
+    from rich.console import Console
+
+    from forgetcast.report.advice_page import write_advice_report
+    from forgetcast.runs.advice_table import advice_lines, advice_table
+    from forgetcast.runs.advise import advise_recipe
+    from forgetcast.runs.recipe import load_recipe
+    from forgetcast.runs.record import read_record
+
+    with _of_a_run():
+        path = advise_recipe(
+            load_recipe(recipe, overrides),
+            root,
+            task=task,
+            max_drop=max_drop,
+            budget=budget,
+            most_old=most_old,
+            lengths=_numbers("--lengths", lengths, float),
+            modules=modules or None,
+            counts=None if counts is None else _numbers("--counts", counts, int),
+            console=Console(stderr=True),
+        )
+        record = read_record(path)
+        page = write_advice_report(record, path.parent)
+    for line in advice_lines(record):
+        click.echo(line)
+    Console(highlight=False).print(advice_table(record))
+    click.echo(f"advice: {path}\nreport: {page}")
+    if not record["advice"]["within_limit"]:
+        raise SystemExit(DROP_TOO_LARGE)
+    if not record["advice"]["trusted"]:
+        raise SystemExit(NOT_TRUSTED)
+
+
+def _numbers(name: str, given: str, kind: Callable[[str], Number]) -> tuple[Number, ...]:
+    """Numbers with commas between them."""
+    try:
+        return tuple(kind(part) for part in given.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"{given!r}: numbers with commas between them, please", param_hint=name) from error
 
 
 @main.command()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from forgetcast.forecast.magnitude import (
@@ -179,15 +179,41 @@ def test_frozen_training_is_better_up_to_the_crossing(p, p2, more, noise, error)
         assert gap(0.9 * border, "mean") < 0 < gap(1.1 * border, "mean")
     else:
         assert gap(0.0, "mean") >= -1e-12
-    where = crossing_of_forgetting(task)
-    for distance in (0.0, 0.01, 0.1, 1.0, 10.0):
-        inside = where is not None and where[0] <= distance < where[1]
-        assert (gap(distance, "forgetting") < 0) == inside or abs(gap(distance, "forgetting")) < 1e-9
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(5, 400), st.floats(0.05, 1), st.floats(0, 0.2))
+@example(5, 20, 6, 0.5, 0.01)  # kappa = 2, an upper end
+@example(5, 20, 6, 0.5, 1.0)  # kappa = 2, nowhere
+@example(5, 20, 16, 0.5, 0.01)  # kappa = 1, everywhere
+@example(5, 20, 16, 0.5, 1.0)  # kappa = 1, nowhere
+def test_frozen_training_forgets_less_from_one_crossing_to_the_other(p, p2, more, noise, error):
+    """The difference of the two outcomes is a line in the distance: where it is below zero."""
+    task = replace(TASK, shared=p, specific=p2, samples=p + p2 + more, noise=noise, shared_error=error)
+
+    def gap(distance):
+        moved = replace(task, shared_change=distance, shared_distance=distance + error)
+        return frozen(moved).forgetting - initialized(moved).forgetting
+
+    where, start, slope = crossing_of_forgetting(task), gap(0.0), gap(1.0) - gap(0.0)
+    if abs(start) < 1e-9:
+        return
+    if abs(slope) < 1e-9:
+        assert where == ((0.0, float("inf")) if start < 0 else None)
+    elif slope < 0:
+        assert where == pytest.approx((max(-start / slope, 0.0), float("inf")))
+    else:
+        assert where == (pytest.approx((0.0, -start / slope)) if start < 0 else None)
 
 
 def test_the_crossing_of_the_theory_page():
     assert crossing(TASK) == pytest.approx(0.1219, abs=1e-3)
     assert crossing_cosine(0.5, 1.0) == 0.75
+
+
+def test_forgetting_and_error_count_alike():
+    outcome = frozen(TASK)
+    assert outcome.mean == pytest.approx(np.mean([outcome.forgetting, outcome.error]))
 
 
 def test_without_a_shared_part_both_are_the_same():

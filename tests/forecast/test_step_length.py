@@ -61,6 +61,16 @@ def test_fitted_tasks_are_averaged():
         assert expected_step_lengths(0.0, 0.7, weight=tasks - 1).both == pytest.approx(1 / tasks)
 
 
+def test_a_curvature_that_rounds_below_zero_is_none():
+    old = quadratic(0)
+    flat = Quadratic(old.gradient, lambda v: -1e-12 * v)
+    direction = torch.ones(7, dtype=torch.float64)
+    assert flat.along(direction) == (pytest.approx(float(old.gradient.sum())), 0.0)
+    assert step_length(old, flat, direction)[0] == pytest.approx(
+        -2 * flat.along(direction)[0] / old.along(direction)[1]
+    )
+
+
 def test_what_has_no_length_is_refused():
     old = quadratic(0)
     with pytest.raises(ValueError, match="neither loss bends"):

@@ -57,9 +57,10 @@ def test_no_module_is_frozen_training_bit_for_bit():
     assert trained(adaptive) == [["0", "1", "3", "5"], [], []]
 
 
+@pytest.mark.parametrize("order", ["last", "cosine"])
 @pytest.mark.parametrize("least", [1, 3])
-def test_the_same_task_again_trains_the_deepest(least):
-    frozen, adaptive = Frozen(model(), least), Adaptive(model(), least=least)
+def test_the_same_task_again_trains_the_last(least, order):
+    frozen, adaptive = Frozen(model(), least), Adaptive(model(), least=least, order=order)
     assert same(after(frozen, twice()), after(adaptive, twice()))
     assert trained(adaptive)[1] == ["0", "1", "3", "5"][-least:]
     decision = adaptive.decided()[1]
@@ -142,6 +143,18 @@ def test_more_alike_never_trains_more(first, second, modules, data):
         assert trained_modules(-1.0, modules, least, low, high) == modules
 
 
+@pytest.mark.parametrize("order", ["last", "cosine"])
+def test_which_modules_train(order):
+    method = Adaptive(model(), low=-1.0, high=1.0, order=order, guard=None)
+    learn(method, stream(), OPTIMIZATION, seed=2)
+    for decision in method.decided()[1:]:
+        names, count = list(decision["cosines"]), len(decision["trained"])
+        assert count == trained_modules(decision["cosine"], 4, 0, -1.0, 1.0)
+        assert 0 < count < 4
+        wanted = sorted(names, key=decision["cosines"].get)[:count] if order == "cosine" else names[-count:]
+        assert set(decision["trained"]) == set(wanted)
+
+
 def test_the_least_similar_in_the_order_of_the_model():
     cosines = {"a": 0.5, "b": -0.1, "c": 0.5, "d": 0.2}
     assert [least_similar(cosines, count) for count in range(5)] == [
@@ -168,6 +181,7 @@ def test_training_mode_leaves_frozen_normalisations():
         (lambda: SimilarModulesRest(low=0.5, high=0.4), "high"),
         (lambda: SimilarModulesRest(low=-1.5), "low"),
         (lambda: SimilarModulesRest(metric="angle"), "metric"),
+        (lambda: SimilarModulesRest(order="first"), "order"),
         (lambda: SimilarModulesRest(guard=float("nan")), "guard"),
         (lambda: SimilarModulesRest(samples=1), "samples"),
         (lambda: SimilarModulesRest(sketch=0), "sketch"),

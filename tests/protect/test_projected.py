@@ -302,3 +302,40 @@ def test_standing_rows_are_of_outputs_seen_before():
     again.after_step(model)
     assert model.head.bias.tolist() == [0, 1, 0]
     assert model.head.weight.sum(1).tolist() == [0, 4, 0]
+
+
+@pytest.mark.parametrize("head", ["rows", "projected", "free"])
+def test_restraints_are_what_is_left_of_any_step(head):
+    """One after the other, as a forecast takes them; they change neither what they are given nor the model."""
+    method = PEGP(tuned_model().double(), threshold=0.8, head=head)
+    model, inputs = method.model, first_task(stream()).double()
+    for index, classes in enumerate([(0, 1), (2, 3)]):
+        batch = Batch(inputs, torch.arange(12) % 2, torch.arange(12))
+        task = TaskData(index, classes, tuple(range(classes[-1] + 1)), lambda batch=batch: iter([batch]))
+        method.begin_task(task)
+        if index == 0:
+            method.end_task(task)
+    values = {name: value.data for name, value in model.named_parameters() if value.requires_grad}
+    draw = torch.Generator().manual_seed(0)
+    before = {name: value.clone() for name, value in values.items()}
+    step = {name: 0.1 * torch.randn(value.shape, generator=draw, dtype=torch.float64) for name, value in values.items()}
+    taken = dict(step)
+    for restraint in filter(None, [protection.restraint(model) for protection in method.protections]):
+        given = {name: value.clone() for name, value in taken.items()}
+        passed = dict(restraint(before, taken))
+        assert all(torch.equal(value, taken[name]) for name, value in given.items())
+        taken = passed
+    assert all(torch.equal(value, before[name]) for name, value in values.items())
+    method.after_backward()
+    for name, value in values.items():
+        value.add_(step[name])
+    method.after_step()
+    for name, value in values.items():
+        torch.testing.assert_close(value - before[name], taken[name])
+        assert torch.equal(taken[name], step[name]) == (head == "free" and name.startswith("head"))
+
+
+def test_projected_gradients_have_no_restraint_of_steps():
+    model = tuned_model()
+    assert GradientProjection().restraint(model) is not None
+    assert GradientProjection(target="gradient").restraint(model) is None

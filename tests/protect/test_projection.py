@@ -1,5 +1,6 @@
 """Projected steps leave old answers alone, whatever the optimiser; projected gradients do not."""
 
+from dataclasses import replace
 from importlib import import_module
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 import forgetcast as fc
 from forgetcast.protect.projection import Projection
-from forgetcast.protect.restraint import protect
+from forgetcast.protect.restraint import Restraint, protect
 from forgetcast.protect.spaces import Basis
 from forgetcast.tuners.adapter import Adapter
 from forgetcast.tuners.anatomy import Anatomy, Block
@@ -252,13 +253,58 @@ def test_the_smaller_of_basis_and_complement_gives_the_same(rank, seed, strength
     draw = torch.Generator().manual_seed(seed)
     ranks = (rank, (rank + 4) % 10)
     blocks = tuple(torch.linalg.qr(torch.randn(9, one, generator=draw, dtype=torch.float64)).Q for one in ranks)
+    basis = Basis(blocks, 9)
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
         update = torch.randn(2, 5, 9, generator=draw, dtype=torch.float64).to(dtype)
-        found = Basis(blocks, 9).removed(update, strength)
+        found = basis.removed(update, strength)
         pairs = zip(update.double(), blocks, strict=True)
         dense = torch.stack([one - strength * one @ block @ block.T for one, block in pairs])
         assert found.dtype == dtype
         torch.testing.assert_close(found.double(), dense, atol=tolerance, rtol=tolerance)
+
+
+def test_a_site_is_restricted_from_either_side():
+    """Also where the task has left nothing on the other one."""
+    (inner,) = linear_sites("layer", nn.Linear(6, 6, bias=False))
+    site = Site(("p",), inner.parameters, right=inner.right, left=replace(inner.right, name="left"))
+    update = torch.randn(1, 6, 6, dtype=torch.float64)
+    unit = torch.eye(6, dtype=torch.float64)[:, :1]
+    expected = {"layer": update.clone(), "left": update.clone()}
+    expected["layer"][..., 0], expected["left"][:, 0] = 0, 0
+    for full, empty in (("layer", "left"), ("left", "layer")):
+        projection = Projection((site,), known={full: Basis((unit,), 6), empty: Basis.empty(1, 6)})
+        assert projection.restricts(site)
+        torch.testing.assert_close(projection.projected(site, update), expected[full])
+
+
+def test_a_missing_gradient_counts_as_zero_where_its_site_has_another():
+    """A bias is one more column of its weight; a site without any gradient stays without."""
+    layers = nn.ModuleList([nn.Linear(6, 3), nn.Linear(6, 3)]).double()
+    sites = [site for k in range(2) for site in linear_sites(str(k), layers[k])]
+    old = torch.randn(2, 6, dtype=torch.float64)
+    projection = Projection(tuple(sites), threshold=1.0)
+    projection = projection.after(layers, [old], lambda _, rows: [layer(rows) for layer in layers])
+    gradient = torch.randn(3, 6, dtype=torch.float64)
+    layers[0].weight.grad = gradient.clone()
+    Restraint(projection, sites).restrain_gradients()
+    allowed = projection.projected(sites[0], torch.cat([gradient, torch.zeros(3, 1)], 1)[None])[0]
+    torch.testing.assert_close(layers[0].weight.grad, allowed[:, :6])
+    torch.testing.assert_close(layers[0].bias.grad, allowed[:, 6])
+    assert layers[1].weight.grad is None
+    assert layers[1].bias.grad is None
+
+
+def test_what_moves_while_nothing_is_held_stays_moved():
+    layer = nn.Linear(6, 3, bias=False)
+    (site,) = linear_sites("layer", layer)
+    restraint = Restraint(Projection((site,), threshold=1.0).after(layer, [torch.randn(2, 6)]), [site])
+    restraint.hold()
+    restraint.release()
+    with torch.no_grad():
+        layer.weight.add_(1.0)
+    before = layer.weight.detach().clone()
+    restraint.release()
+    assert torch.equal(layer.weight, before)
 
 
 def test_half_precision_weights_are_rounded_once():

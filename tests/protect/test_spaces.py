@@ -1,5 +1,6 @@
 """Bases grown from streamed second moments."""
 
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
@@ -71,6 +72,27 @@ def test_a_second_task_adds_what_the_first_does_not_hold():
     assert grown(first, 0.9, basis=basis).ranks == (5,)
 
 
+@pytest.mark.parametrize("energy", ["sigma2", "sigma4"])
+@given(st.integers(0, 1000), st.floats(0.3, 0.999), st.floats(0.3, 0.999))
+def test_a_second_task_adds_the_fewest_directions_with_enough_energy(energy, seed, threshold, before):
+    """What the basis holds of the task already counts."""
+    draw = torch.Generator().manual_seed(seed)
+    first, second = (rows_with((torch.rand(6, generator=draw) + 0.05).tolist(), 9, seed + k) for k in range(2))
+    basis = grown(first, before)
+    old, span = basis.directions[0], grown(second, threshold, energy, basis).directions[0]
+    added = span[:, old.shape[1] :]
+    rest = torch.linalg.qr(old, mode="complete").Q[:, old.shape[1] :]
+
+    def held(directions: Tensor) -> float:
+        moment = directions.T @ second.T @ second @ directions
+        return float(moment.trace() if energy == "sigma2" else moment.square().sum())
+
+    whole = held(old) + held(rest)
+    assert torch.equal(span[:, : old.shape[1]], old)
+    assert held(old) + held(added) >= (threshold - 1e-9) * whole
+    assert not added.shape[1] or held(old) + held(added[:, :-1]) < threshold * whole
+
+
 def test_directions_a_million_times_weaker_are_held_at_threshold_one():
     rows = rows_with([1, 1e-3, 1e-6], 8)
     basis = grown(rows, 1.0)
@@ -107,6 +129,26 @@ def test_rounding_of_the_rows_is_no_direction(dtype, width):
     assert Basis.empty(1, width).grown(moment, 1.0).ranks == (5,)
     if dtype == torch.bfloat16:
         assert Basis.empty(1, width).grown(Moment(moment.total), 1.0).ranks == (width,)
+
+
+def test_of_summed_and_folded_moments_the_coarsest_rounding_counts():
+    layer = nn.Linear(6, 2)
+    space = inputs_of(layer, "layer", 6)
+    single = moments_of(layer, [space], [torch.randn(4, 6)])["layer"]
+    double = moments_of(layer.double(), [space], [torch.randn(4, 6, dtype=torch.float64)])["layer"]
+    assert (single + double).rounding == (double + single).rounding == torch.finfo(torch.float32).eps
+    folded = replace(space, fold=lambda total: 2 * total)
+    rows = torch.randn(4, 6)
+    found = moments_of(layer.float(), [folded], [rows])["layer"]
+    torch.testing.assert_close(found.total[0], 2 * rows.double().T @ rows.double())
+    assert found.rounding == torch.finfo(torch.float32).eps
+
+
+def test_rows_are_those_of_evaluation():
+    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(6, 2)).double().train()
+    rows = torch.randn(4, 6, dtype=torch.float64)
+    found = moments_of(model, [inputs_of(model[1], "layer", 6)], [rows])["layer"]
+    torch.testing.assert_close(found.total[0], rows.T @ rows)
 
 
 @pytest.mark.parametrize("heads", [1, 3])

@@ -62,3 +62,15 @@ def test_a_token_without_spread_holds_up_no_other():
         lambda rows: rows * free,
     )
     assert float(turned[0, 1].norm()) > 0.1
+
+
+def test_a_token_that_may_not_move_holds_up_no_other():
+    """All old attention goes to the first of two tokens, so that nothing is free on its left side."""
+    draw = torch.Generator().manual_seed(0)
+    before, update = torch.randn(2, 1, 2, 6, dtype=torch.float64, generator=draw)
+    free = torch.tensor([0.0, 1.0], dtype=torch.float64).diag()
+    update = 0.1 * free @ update
+    found = keeping_spread(before, update, centred, lambda rows: free @ rows, lambda rows: rows)
+    assert not found[0, 0].any()
+    assert torch.allclose(centred(before).norm(dim=-1), centred(before + found).norm(dim=-1), rtol=1e-11)
+    assert 0 < float((found - update).norm()) < float(update.norm())

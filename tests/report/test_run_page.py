@@ -207,3 +207,9 @@ def test_it_fits_the_screen_without_complaint(browser, page, tmp_path, width):
         assert 300 < box["width"] < width
     assert opened.evaluate("document.documentElement.scrollWidth") <= width
     assert complaints == []
+
+
+def test_decisions_are_told(record):
+    assert 'id="decisions"' not in render_run_page(record)
+    record["decisions"] = [{"task": 1, "text": "task 1: 1 of 3 modules train, because x < y"}]
+    assert "<li>task 1: 1 of 3 modules train, because x &lt; y</li>" in render_run_page(record)

@@ -328,3 +328,21 @@ def test_with_the_whole_budget_the_forecast_of_a_tuned_run_is_the_run(pictures, 
     assert record["calibration"]["cosine"] > 1 - 1e-6
     assert record["left_out"] == []
     assert record["forecast"]["trusted"]
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ({"name": "adaptive", "samples": 40}, "its gradient has cosine"),
+        ({"name": "frozen", "specific": 1}, "1 of 3 modules train, because the last 1 are task-specific"),
+        ({"name": "advised", "budget": 1.0, "capacity": 20}, "forecast old accuracy"),
+    ],
+)
+def test_decisions_are_printed_and_kept(texts, bert, tmp_path, method, said):
+    out = StringIO()
+    made = recipe(table(texts), bert, method, preprocessing=SHORT, trainable="all")
+    record = read_record(execute(made, tmp_path, Console(file=out, width=1000)))
+    last = record["decisions"][-1]
+    assert last["task"] == 1
+    assert said in last["text"]
+    assert all(decision["text"] in out.getvalue() for decision in record["decisions"])

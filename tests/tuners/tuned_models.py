@@ -1,5 +1,7 @@
 """Small transformers of many kinds, and inputs for them."""
 
+from collections.abc import Callable
+
 import torch
 import transformers
 from torch import Tensor, nn
@@ -49,6 +51,44 @@ class FusedModel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.blocks(x)
+
+
+class MaskedAttention(nn.Module):
+    """Of somebody's own, under a mask (n, t) of the tokens that are there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = 2
+        self.qkv = nn.Linear(8, 24)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).view(*x.shape[:2], 3, 2, 4).permute(2, 0, 3, 1, 4)
+        found = nn.functional.scaled_dot_product_attention(query, key, value, mask[:, None, None])
+        return found.transpose(1, 2).flatten(2)
+
+
+class MaskedBlock(nn.Module):
+    def __init__(self, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.norm1, self.attn = norm(8), MaskedAttention()
+        self.mlp = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x), mask)
+        return x + self.mlp(x)
+
+
+class MaskedModel(nn.Module):
+    """Takes tokens (n, t, 8) and which of them are there (n, t); with any normalisation before attention."""
+
+    def __init__(self, norm: Callable[[int], nn.Module] = nn.LayerNorm) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([MaskedBlock(norm), MaskedBlock(norm)])
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, mask)
+        return x
 
 
 KINDS = {

@@ -9,7 +9,8 @@ import json
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
+from functools import partial
 from itertools import accumulate
 from threading import current_thread, main_thread
 from time import monotonic
@@ -183,9 +184,15 @@ class _Run:
         """Optimiser steps of a task."""
         return self.optimization.epochs * self.samples.epoch_steps(index) if self.method.takes_steps(index) else 0
 
+    def task_data(self, index: int) -> TaskData:
+        """What a method is told of a task, with how it will train on it."""
+        task, rows = self.samples.task_data(index), len(self.samples.of_task(index)[1])
+        training = partial(self.optimization.described, rows, self.seed, index) if self.steps(index) else None
+        return replace(task, training=training)
+
     def one_task(self) -> None:
         progress, method = self.progress, self.method
-        task = self.samples.task_data(progress.task)
+        task = self.task_data(progress.task)
         self.clock = monotonic()
         if not progress.begun:
             start_peak_memory(self.accelerator.device)

@@ -8,6 +8,8 @@ from typing import Any, Literal
 import torch
 
 from forgetcast.checks import complaint, require_choice, require_integer, require_number
+from forgetcast.forecast.training import SGD, AdamW
+from forgetcast.learn.seeding import epoch_order
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,35 @@ class Optimization:
             raise complaint(
                 f"got momentum={self.momentum} with adamw", "momentum 0", "Use sgd, or leave out the momentum."
             )
+
+    def described(self, rows: int, seed: int, task: int, classes: tuple[int, ...] | None = None) -> SGD | AdamW:
+        """What the loop does in a task, as a forecast takes it: the same batches at the same rates.
+
+        Args:
+            rows: samples that the task trains on.
+            seed: of the run.
+            task: counted from 0.
+            classes: outputs that the loss sees; None for all.
+        """
+        order = [
+            batch.tolist()
+            for epoch in range(self.epochs)
+            for batch in torch.split(epoch_order(rows, seed, task, epoch), self.batch_size)
+        ]
+        steps, rate = len(order), self.learning_rate
+        rates = tuple(rate * self.factor(step, steps) for step in range(steps))
+        shared: dict[str, Any] = {
+            "learning_rate": rate if set(rates) == {rate} else rates,
+            "steps": steps,
+            "batch_size": self.batch_size,
+            "weight_decay": self.weight_decay,
+            "max_gradient_norm": self.max_gradient_norm,
+            "order": order,
+            "classes": classes,
+        }
+        if self.optimizer == "sgd":
+            return SGD(momentum=self.momentum, **shared)
+        return AdamW(**shared)
 
     def build(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
         """A new optimiser over parameter groups; each remembers its first rate as "initial_lr".

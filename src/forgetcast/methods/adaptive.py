@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from forgetcast.methods.base import Model
 from forgetcast.methods.sequential import Sequential
-from forgetcast.protect.magnitude import SimilarModulesRest
+from forgetcast.protect.magnitude import Order, SimilarModulesRest
 from forgetcast.protect.similarity import Metric
 
 
@@ -16,6 +16,7 @@ class Adaptive(Sequential):
         least: modules that train on the most similar task, beside the head.
         low: cosine at which all modules train.
         high: cosine at which `least` do.
+        order: which modules train: the "last", or those with the lowest "cosine" of their own.
         metric: of similarity: "cosine", "preconditioned" as Adam does, or "signs".
         guard: how much worse features as they are may do on the new task, between 0 (no worse than on the last one)
             and 1 (guessing), before everything trains; None for no guard.
@@ -32,16 +33,17 @@ class Adaptive(Sequential):
         model: Model,
         least: int = 0,
         low: float = 0.2,
-        high: float = 0.6,
+        high: float = 0.5,
         *,
+        order: Order = "last",
         metric: Metric = "cosine",
-        guard: float | None = 0.5,
-        samples: int = 512,
+        guard: float | None = 0.75,
+        samples: int = 1024,
         sketch: int | None = None,
         modules: Sequence[str] | None = None,
         loss_outputs: str = "seen",
     ) -> None:
         rest = SimilarModulesRest(
-            least, low, high, metric=metric, guard=guard, samples=samples, sketch=sketch, modules=modules
+            least, low, high, order=order, metric=metric, guard=guard, samples=samples, sketch=sketch, modules=modules
         )
         super().__init__(model, [rest], loss_outputs=loss_outputs)

@@ -23,6 +23,7 @@ from torch.nn.functional import cross_entropy
 
 from forgetcast.checks import complaint
 from forgetcast.forecast.network.head import Restraint
+from forgetcast.forecast.training import SGD, AdamW
 
 State = dict[str, Any]
 
@@ -54,12 +55,15 @@ class TaskData:
         classes: outputs that it brings.
         seen: outputs of all tasks so far, this one included, rising.
         batches: reads the training samples once, in order, as they are evaluated (no augmentation).
+        training: says how the loop will train on it, as a forecast takes it, for these samples in this order, but for
+            which outputs the method's loss sees; None where nobody knows, and where no step is taken.
     """
 
     index: int
     classes: tuple[int, ...]
     seen: tuple[int, ...]
     batches: Callable[[], Iterator[Batch]]
+    training: Callable[[], SGD | AdamW] | None = None
 
 
 class Model(nn.Module):

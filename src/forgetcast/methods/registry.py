@@ -16,6 +16,7 @@ METHODS: dict[str, str] = {
     "initialized": "forgetcast.methods.sequential:Sequential",
     "frozen": "forgetcast.methods.frozen:Frozen",
     "adaptive": "forgetcast.methods.adaptive:Adaptive",
+    "advised": "forgetcast.methods.advised:Advised",
     "joint": "forgetcast.methods.joint:Joint",
     "probe": "forgetcast.methods.probe:Probe",
     "ewc": "forgetcast.methods.ewc:EWC",

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -13,6 +13,8 @@ from forgetcast.protect.parameters import trainable
 from forgetcast.protect.similarity import METRICS, Metric, cosines, drawn, point_of, probe_error, standing_at
 from forgetcast.protect.similarity import task_gradient as gradient_of
 
+Order = Literal["last", "cosine"]
+ORDERS: tuple[Order, ...] = ("last", "cosine")
 DIGITS = 6
 """Of cosines that count as equal."""
 
@@ -106,9 +108,9 @@ class SimilarModulesRest(Protection):
 
         count = least + round((L - least) clip((high - s) / (high - low), 0, 1))
 
-    with L modules and s the cosine of the two tasks' gradients. The modules whose own cosines are lowest train; among
-    equal ones the deepest. With low = high all train where s is below, and `least` where it is not. Both gradients are
-    taken at the weights before the first task (`protect/similarity.py`).
+    with L modules and s the cosine of the two tasks' gradients. The last ones train, or with order="cosine" those whose
+    own cosines are lowest, among equal ones the last. With low = high all train where s is below, and `least` where it
+    is not. Both gradients are taken at the weights before the first task (`protect/similarity.py`).
 
     Guard: where the shared part was learnt badly, keeping it helps nobody, however alike the tasks are. Rows fitted on
     the features as they are must not do much worse on the new task than they did on the last one just after it was
@@ -118,6 +120,8 @@ class SimilarModulesRest(Protection):
         least: modules that train on the most similar task, beside the head.
         low: cosine at which all modules train.
         high: cosine at which `least` do.
+        order: which modules train: the "last", or by their own "cosine"; modules under others that rest move what
+            these have learnt to read, which costs more old accuracy than training the last.
         metric: of similarity: "cosine", "preconditioned" as Adam does, or "signs".
         guard: see above; None for none.
         samples: of each task, for its gradient and the guard, at most.
@@ -134,17 +138,19 @@ class SimilarModulesRest(Protection):
         self,
         least: int = 0,
         low: float = 0.2,
-        high: float = 0.6,
+        high: float = 0.5,
         *,
+        order: Order = "last",
         metric: Metric = "cosine",
-        guard: float | None = 0.5,
-        samples: int = 512,
+        guard: float | None = 0.75,
+        samples: int = 1024,
         sketch: int | None = None,
         modules: Sequence[str] | None = None,
     ) -> None:
         require_integer("least", least)
         require_number("low", low, least=-1.0, most=1.0)
         require_number("high", high, least=low, most=1.0)
+        require_choice("order", order, ORDERS)
         require_choice("metric", metric, METRICS)
         require_integer("samples", samples, least=2)
         if guard is not None:
@@ -152,6 +158,7 @@ class SimilarModulesRest(Protection):
         if sketch is not None:
             require_integer("sketch", sketch, least=1)
         self.least, self.low, self.high = least, low, high
+        self.order: Order = order
         self.metric: Metric = metric
         self.guard, self.samples, self.sketch = guard, samples, sketch
         self.patterns = modules
@@ -225,15 +232,16 @@ class SimilarModulesRest(Protection):
             if excess > self.guard:
                 return names, f"features as they are do badly on it (error {error:.2f}, usual {self.usual:.2f}); {told}"
         count = trained_modules(cosine, len(names), self.least, self.low, self.high)
-        return least_similar(by_module, count), f"{told} (all below {self.low:g}, {self.least} from {self.high:g} on)"
+        chosen = least_similar(by_module, count) if self.order == "cosine" else names[len(names) - count :]
+        return chosen, f"{told} (all below {self.low:g}, {self.least} from {self.high:g} on)"
 
 
-def trained_modules(cosine: float, modules: int, least: int = 0, low: float = 0.2, high: float = 0.6) -> int:
+def trained_modules(cosine: float, modules: int, least: int = 0, low: float = 0.2, high: float = 0.5) -> int:
     """How many modules train: `least` from the cosine `high` on, all at `low` and below, linear in between.
 
     Examples:
         >>> [trained_modules(cosine, 12) for cosine in (0.1, 0.3, 0.5, 0.7)]
-        [12, 9, 3, 0]
+        [12, 8, 0, 0]
     """
     if cosine >= high:
         return least

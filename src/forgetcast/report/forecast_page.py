@@ -1,6 +1,6 @@
 """The page of a forecast: one small HTML file without a script, drawn from its record alone."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +48,13 @@ def write_forecast_report(record: Mapping[str, Any], folder: Path) -> Path:
     Raises:
         ValueError: the record has another schema, lacks what the page shows, or has a number that JSON does not know.
     """
-    page = render_forecast_page(record)
-    folder.mkdir(parents=True, exist_ok=True)
-    return replace_file(folder / "forecast.html", page.encode())
+    return write_page(render_forecast_page(record), folder / "forecast.html")
+
+
+def write_page(page: str, path: Path) -> Path:
+    """Write a page, at once or not at all; its folder is made if it does not exist."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return replace_file(path, page.encode())
 
 
 def render_forecast_page(record: Mapping[str, Any]) -> str:
@@ -59,21 +63,43 @@ def render_forecast_page(record: Mapping[str, Any]) -> str:
     Raises:
         ValueError: as for `write_forecast_report`.
     """
+    require_keys(record, _NEEDED)
+    return render(
+        "forecast.html.j2",
+        record,
+        _figures(record),
+        _defined(record),
+        diagnostics=record.get("diagnostics"),
+        measured=() if record["calibration"] is None else _MEASURED,
+    )
+
+
+def require_keys(record: Mapping[str, Any], needed: Sequence[str]) -> None:
+    """Check what a page of a task ahead shows.
+
+    Raises:
+        ValueError: the record has another schema, or lacks some of it.
+    """
     check_schema(record)
-    missing = [key for key in _NEEDED if key not in record]
+    missing = [key for key in needed if key not in record]
     if missing:
         raise complaint(
-            f"got a record without {missing}", "the record of a forecast of this version", "Forecast again."
+            f"got a record without {missing}", f"the record of a {record.get('kind')} of this version", "Make it again."
         )
-    return template("forecast.html.j2").render(
+
+
+def render(
+    name: str, record: Mapping[str, Any], figures: Iterable[Figure], defined: Iterable[str], **shown: Any
+) -> str:
+    """A page of a task ahead: its figures, the definitions of its numbers, and where they come from."""
+    return template(name).render(
         record=record,
         record_json=script_json(record),
         method=record["recipe"]["method"]["name"],
-        figures=list(_figures(record)),
-        defined=list(_defined(record)),
-        diagnostics=record.get("diagnostics"),
-        measured=() if record["calibration"] is None else _MEASURED,
-        settings=[line for name in _SETTINGS if name in record for line in flatten(name, record[name])],
+        figures=list(figures),
+        defined=list(defined),
+        settings=[line for key in _SETTINGS if key in record for line in flatten(key, record[key])],
+        **shown,
     )
 
 

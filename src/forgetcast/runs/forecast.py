@@ -1,7 +1,7 @@
 """A recipe in, a forecast of its next task out: what training it would make the model forget, before it trains."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from math import isfinite
 from pathlib import Path
@@ -9,25 +9,23 @@ from time import monotonic
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from jaxtyping import Bool, Float
 from rich.console import Console
 from torch import Tensor
 
-from forgetcast.backbones.weights import weights_hash
-from forgetcast.checks import complaint, require_integer, require_number
+from forgetcast.checks import require_number
+from forgetcast.forecast.network.choice import exceeds
 from forgetcast.forecast.network.entry import forecast
 from forgetcast.forecast.network.result import NetworkForecast
 from forgetcast.forecast.result import COLUMNS, right
 from forgetcast.learn.evaluate import logits_of
-from forgetcast.learn.progress import finished_tasks
-from forgetcast.runs.assembly import PRECISIONS, Assembly, assemble
-from forgetcast.runs.bar import counting_bar, progress_bar
+from forgetcast.runs.bar import counting_bar
+from forgetcast.runs.begun import assembled, begun, class_names, learn
 from forgetcast.runs.diagnosed import diagnosed
-from forgetcast.runs.frontier import exceeds, frontier, within
+from forgetcast.runs.frontier import frontier, within
 from forgetcast.runs.recipe import Recipe
-from forgetcast.runs.record import provenance, write_whole
-from forgetcast.runs.upcoming import Upcoming, answers, require_steps, upcoming
+from forgetcast.runs.record import write_whole
+from forgetcast.runs.upcoming import Upcoming, answers
 
 FILE = "forecast.json"
 DEFINITIONS = {
@@ -89,15 +87,10 @@ def forecast_recipe(
             not have or that the run has passed, several processes, and whatever recipe, loop and forecast refuse.
     """
     require_number("max_drop", max_drop, most=1.0)
-    require_integer("most_old", most_old, least=1)
     started = monotonic()
-    made = _assembled(recipe, root, console)
-    index = _task_of(made, task)
-    require_steps(made.method, recipe.method.name, index)
-    _learn(made, index)
-    weights = weights_hash(made.method.model.state_dict())
-    ahead = upcoming(made, index, most_old)
-    with counting_bar(made.screen, f"forecast of task {index}", ahead.training.steps) as on_step:
+    at = begun(recipe, root, task, most_old, console)
+    made, ahead = at.made, at.ahead
+    with counting_bar(made.screen, f"forecast of task {ahead.index}", ahead.training.steps) as on_step:
         found = forecast(
             ahead.model,
             ahead.old,
@@ -110,13 +103,10 @@ def forecast_recipe(
             on_step=lambda _: on_step(1),
         )
     measured = _measured(recipe, root, console, ahead) if verify else None
-    record = provenance() | {
-        "kind": "forecast",
-        **made.identity,
-        "weights_hash": {"backbone_at_start": made.prepared.weights, "model_before_task": weights},
-        "settings": {"max_drop": max_drop, "budget": budget, "old_samples": most_old},
-        **told(made, ahead, found, max_drop, measured),
-        "diagnostics": diagnosed(ahead, found, class_names(made), measured) if diagnose else None,
+    classes = class_names(made)
+    record = at.record("forecast", {"max_drop": max_drop, "budget": budget, "old_samples": most_old}) | {
+        **told(ahead, classes, found, max_drop, measured),
+        "diagnostics": diagnosed(ahead, found, classes, measured) if diagnose else None,
         "definitions": DEFINITIONS,
         "seconds": monotonic() - started,
     }
@@ -124,8 +114,8 @@ def forecast_recipe(
 
 
 def told(
-    made: Assembly,
     ahead: Upcoming,
+    classes: Sequence[str],
     found: NetworkForecast,
     max_drop: float,
     measured: Float[Tensor, "n C"] | None = None,
@@ -133,8 +123,8 @@ def told(
     """A forecast, and what was measured of it, in plain JSON values. Tasks and outputs count from 0.
 
     Args:
-        made: the run.
         ahead: the task that was forecast.
+        classes: names of the outputs.
         found: the forecast.
         max_drop: the limit.
         measured: old logits after the real training.
@@ -146,19 +136,9 @@ def told(
     if real is not None:
         hits["measured"] = right(real, seen.labels)
     points = frontier(found, ahead, seen.accuracy_before)
-    stream, classes = made.stream, class_names(made)
     tasks, trust = torch.from_numpy(ahead.tasks), found.trust
     drop = seen.accuracy_before - seen.accuracy
     return {
-        "scenario": stream.scenario,
-        "task": ahead.index,
-        "tasks": len(stream),
-        "classes": classes,
-        "new_classes": list(stream[ahead.index].classes),
-        "new_samples": len(ahead.new[1]),
-        "old_samples": len(ahead.places),
-        "steps": ahead.training.steps,
-        "left_out": list(ahead.left_out),
         "forecast": {
             "estimator": found.estimator,
             "share_of_run": found.share_of_run,
@@ -187,42 +167,10 @@ def told(
     }
 
 
-def class_names(made: Assembly) -> list[str]:
-    """Of the outputs, in their order."""
-    names = made.stream.source.class_names
-    return [str(label) if names is None else names[label] for label in made.stream.class_order]
-
-
-def _assembled(recipe: Recipe, root: Path, console: Console | None) -> Assembly:
-    accelerator = Accelerator(mixed_precision=PRECISIONS[recipe.training.precision])
-    if accelerator.num_processes > 1:
-        raise complaint(f"a forecast by {accelerator.num_processes} processes", "one", "Start it without a launcher.")
-    return assemble(recipe, root, accelerator, console)
-
-
-def _task_of(made: Assembly, task: int | None) -> int:
-    """The task to forecast: as asked for, or the next one of the run; of a finished run the last."""
-    last = len(made.stream) - 1
-    if last == 0:
-        raise complaint("a stream of one task", "at least two", "Lower data.increment: nothing is old in the first.")
-    if task is None:
-        return min(max(finished_tasks(made.checkpoints), 1), last)
-    if not 1 <= task <= last:
-        raise complaint(
-            f"got task={task}", f"a task from 1 to {last}", "Tasks count from 0; nothing is old in the first."
-        )
-    return task
-
-
-def _learn(made: Assembly, until: int) -> None:
-    with progress_bar(made.screen, len(made.stream), made.recipe.training.epochs) as bar:
-        made.learn(until=until, on_step=None if bar is None else bar.on_step)
-
-
 def _measured(recipe: Recipe, root: Path, console: Console | None, ahead: Upcoming) -> Float[Tensor, "n C"]:
     """Old logits once the task is learnt, by the run itself."""
-    made = _assembled(recipe, root, console)  # anew: the method of the forecast has begun the task
-    _learn(made, ahead.index + 1)
+    made = assembled(recipe, root, console)  # anew: the method of the forecast has begun the task
+    learn(made, ahead.index + 1)
     batch_size = made.optimization.batch_size
     return logits_of(made.method, made.prepared.read, ahead.places, batch_size, made.accelerator.device)
 

@@ -17,8 +17,7 @@ def forecast_lines(record: Record) -> Iterator[str]:
     """What is forecast, how far it is to be trusted, what of the run it leaves out, and what was measured."""
     found, safe = record["forecast"], record["safe"]
     limit = record["settings"]["max_drop"]
-    new = ", ".join(record["classes"][output] for output in record["new_classes"])
-    yield f"task {record['task']} of {record['tasks']} (from 0), new classes {new}: {record['steps']} steps"
+    yield heading(record)
     yield (
         f"estimator {found['estimator']}, {found['share_of_run']:.1%} of the run's cost, {found['seconds']:.1f} s: "
         f"{found['reason']}"
@@ -27,38 +26,49 @@ def forecast_lines(record: Record) -> Iterator[str]:
     between = "" if spread is None or spread[0] == spread[1] else f" ({spread[0]:.1%} to {spread[1]:.1%})"
     yield (
         f"old accuracy {found['accuracy_before']:.1%} -> {found['accuracy']:.1%}{between}, a drop of "
-        f"{_points(found['drop'])} points, {'within' if found['within_limit'] else 'above'} {_points(limit)}"
+        f"{hundredths(found['drop'])} points, {'within' if found['within_limit'] else 'above'} {hundredths(limit)}"
     )
     bought = "" if safe["new_accuracy"] is None else f", new accuracy {safe['new_accuracy']:.1%}"
-    yield f"within {_points(limit)} points: {safe['steps']} of {record['steps']} steps{bought}"
-    for what in record["left_out"]:
-        yield f"not in the forecast: {what}"
+    yield f"within {hundredths(limit)} points: {safe['steps']} of {record['steps']} steps{bought}"
+    yield from left_out(record)
     if record["calibration"] is not None:
         known = record["calibration"]
         yield (
             f"measured: old accuracy {known['measured_accuracy']:.1%}, forecast off by "
-            f"{_points(known['accuracy_error'])} points; cosine {_number(known['cosine'])}, rank correlation of "
+            f"{hundredths(known['accuracy_error'])} points; cosine {_number(known['cosine'])}, rank correlation of "
             f"classes {_number(known['rank_correlation'])}, broken answers: precision "
             f"{_number(known['broken_precision'])}, recall {_number(known['broken_recall'])}"
         )
+
+
+def heading(record: Record) -> str:
+    """Which task it is about."""
+    new = ", ".join(record["classes"][output] for output in record["new_classes"])
+    return f"task {record['task']} of {record['tasks']} (from 0), new classes {new}: {record['steps']} steps"
+
+
+def left_out(record: Record) -> Iterator[str]:
+    """What acts in the run's steps and not in the forecast's."""
+    for what in record["left_out"]:
+        yield f"not in the forecast: {what}"
 
 
 def forecast_tables(record: Record) -> list[Table]:
     """Each old task, the classes that fall most, the frontier, and the diagnostics if there are any."""
     ways = ("before", "forecast") if record["calibration"] is None else ("before", "forecast", "measured")
     columns = ("samples", "now", *ways[1:], "drop")
-    tasks = _table("accuracy of each old task, and its forecast drop", ("task", *columns))
+    tasks = bare_table("accuracy of each old task, and its forecast drop", ("task", *columns))
     for row in record["per_task"]:
         tasks.add_row(str(row["task"]), *_shares(row, ways))
-    classes = _table(f"the {WORST} old classes that fall most", ("class", *columns))
+    classes = bare_table(f"the {WORST} old classes that fall most", ("class", *columns))
     for row in sorted(record["per_class"], key=_drop, reverse=True)[:WORST]:
         classes.add_row(escape(row["class"]), *_shares(row, ways))
-    frontier = _table("what a shorter training buys", ("steps", "old accuracy", "drop", "new accuracy"))
+    frontier = bare_table("what a shorter training buys", ("steps", "old accuracy", "drop", "new accuracy"))
     points = record["frontier"]
     shown = sorted({round(k * (len(points) - 1) / (ROWS - 1)) for k in range(ROWS)})
     for point in [points[k] for k in shown]:
         new = "" if point["new_accuracy"] is None else f"{point['new_accuracy']:.1%}"
-        frontier.add_row(str(point["steps"]), f"{point['old_accuracy']:.1%}", _points(point["drop"]), new)
+        frontier.add_row(str(point["steps"]), f"{point['old_accuracy']:.1%}", hundredths(point["drop"]), new)
     return [tasks, classes, frontier, *diagnostic_tables(record)]
 
 
@@ -67,7 +77,7 @@ def diagnostic_tables(record: Record) -> Iterator[Table]:
     found = record.get("diagnostics")
     if found is None:
         return
-    layers = _table(
+    layers = bare_table(
         "the layers that carry most of the forecast drift",
         ("layer", "parameters", "share", "alone", "missing", "kernel change"),
     )
@@ -76,7 +86,7 @@ def diagnostic_tables(record: Record) -> Iterator[Table]:
         layers.add_row(escape(row["layer"]), str(row["parameters"]), *sizes)
     yield layers
     if found["directions"] is not None:
-        energy = _table("energy of the drift by direction", ("most between", "measured", "forecast", "cosine"))
+        energy = bare_table("energy of the drift by direction", ("most between", "measured", "forecast", "cosine"))
         for row in found["directions"][:WORST]:
             shares = (f"{row[way]:.1%}" for way in ("measured", "predicted"))
             energy.add_row(escape(", ".join(row["classes"])), *shares, _number(row["cosine"]))
@@ -88,10 +98,11 @@ def _drop(row: Record) -> float:
 
 
 def _shares(row: Record, ways: Sequence[str]) -> list[str]:
-    return [str(row["samples"]), *(f"{row[f'accuracy_{way}']:.1%}" for way in ways), _points(_drop(row))]
+    return [str(row["samples"]), *(f"{row[f'accuracy_{way}']:.1%}" for way in ways), hundredths(_drop(row))]
 
 
-def _table(title: str, columns: Sequence[str]) -> Table:
+def bare_table(title: str, columns: Sequence[str]) -> Table:
+    """A table without lines, numbers to the right."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column(columns[0])
     for column in columns[1:]:
@@ -99,7 +110,8 @@ def _table(title: str, columns: Sequence[str]) -> Table:
     return table
 
 
-def _points(share: float) -> str:
+def hundredths(share: float) -> str:
+    """A share of 0..1 in percent, or a difference of two in points."""
     return f"{100 * share:.1f}"
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from forgetcast.forecast.linear import forecast_linear
+from forgetcast.forecast.network.choice import exceeds
 from forgetcast.forecast.network.result import NetworkForecast
 from forgetcast.forecast.result import share_right
 from forgetcast.protect.parameters import evaluating
@@ -73,11 +74,6 @@ def within(points: list[Point], max_drop: float) -> Point:
             break
         best = point
     return best
-
-
-def exceeds(drop: float, max_drop: float) -> bool:
-    """Whether a drop is above a limit by more than rounding."""
-    return drop > max_drop + 1e-12
 
 
 def _of_a_head(forecast: NetworkForecast, task: Upcoming) -> Iterator[tuple[int, float, float | None]]:

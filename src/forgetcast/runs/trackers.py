@@ -73,8 +73,13 @@ def tracking(
     plain = {key: _plain(value) for key, value in flatten(config).items()}
     options = {"wandb": {"name": run_name}, "mlflow": {"run_name": run_name}}
     accelerator.init_trackers(PROJECT, config=plain, init_kwargs=options)
+
+    def track(event: Mapping[str, Any]) -> None:
+        if values := tracked_values(event):
+            accelerator.log(values, step=event["run_step"])
+
     try:
-        yield lambda event: accelerator.log(tracked_values(event), step=event["run_step"])
+        yield track
     finally:
         # Not end_training, which would also end the process group that the next seed needs.
         for tracker in accelerator.trackers:
@@ -89,8 +94,7 @@ def tracked_values(event: Mapping[str, Any]) -> dict[str, float]:
     if kind in ("step", "epoch"):
         return {f"loss/{kind}": event["loss"]}
     if kind == "decision":
-        numbers = {key: value for key, value in event.items() if isinstance(value, float)}
-        return {"modules_that_train": float(len(event["trained"])), **numbers}
+        return {f"decision/{key}": value for key, value in event.items() if isinstance(value, float)}
     accuracies = event["accuracy"]
     values = {"accuracy/mean": fmean(accuracies)}
     values |= {f"accuracy/task_{index}": accuracy for index, accuracy in enumerate(accuracies)}

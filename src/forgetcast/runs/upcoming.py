@@ -1,7 +1,7 @@
 """The task that a run is about to learn, as a forecast takes it: model, samples, training, and what it leaves out."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,11 +11,9 @@ from torch import Tensor, nn
 from forgetcast.checks import complaint
 from forgetcast.forecast.network.head import Named, Restraint
 from forgetcast.forecast.training import SGD, AdamW
-from forgetcast.heads.linear import Linear
-from forgetcast.learn.optimizer import Optimization
 from forgetcast.learn.samples import Samples
-from forgetcast.learn.seeding import epoch_order
-from forgetcast.methods.base import Method, Model
+from forgetcast.methods.base import Method
+from forgetcast.methods.viewed import viewed
 from forgetcast.runs.assembly import Assembly
 
 
@@ -89,12 +87,13 @@ def upcoming(made: Assembly, index: int, most_old: int) -> Upcoming:
         accelerator=made.accelerator,
     )
     seen_now = method.seen
-    method.begin_task(samples.task_data(index))
+    indices, new_labels = samples.of_task(index)
+    described = partial(optimization.described, len(indices), made.recipe.seed, index)
+    method.begin_task(replace(samples.task_data(index), training=described))
     plain = method.plain_outputs()
     assert plain is not None
     places, tasks = _old_samples(made, index, most_old)
     labels = torch.from_numpy(stream.outputs[places])
-    indices, new_labels = samples.of_task(index)
     model = viewed(method.model)
     outputs = int(method.model.head.outputs)  # type: ignore[arg-type]
     own = [stream[task].classes if stream.task_incremental else None for task in tasks.tolist()]
@@ -106,23 +105,12 @@ def upcoming(made: Assembly, index: int, most_old: int) -> Upcoming:
         tasks,
         (made.prepared.read(places), labels),
         (made.prepared.read(indices), new_labels),
-        _training(optimization, len(indices), made.recipe.seed, index, plain if len(plain) < outputs else None),
+        described(plain if len(plain) < outputs else None),
         _restraint(model, method),
-        _allowed([classes or seen_now for classes in own], outputs),
-        _allowed([classes or method.seen for classes in own], outputs),
+        allowed([classes or seen_now for classes in own], outputs),
+        allowed([classes or method.seen for classes in own], outputs),
         _left_out(made),
     )
-
-
-def viewed(model: Model) -> nn.Module:
-    """The model with its linear head as an `nn.Linear`, by which a forecast knows it; any other head as it is."""
-    head = model.head
-    if not isinstance(head, Linear):
-        return model
-    layer = nn.Linear(head.width, head.outputs, bias=head.bias is not None, device="meta")
-    layer.weight = head.weight
-    layer.register_parameter("bias", head.bias)
-    return nn.Sequential(model.backbone, layer)
 
 
 def answers(logits: Float[Tensor, "n C"], allowed: Bool[Tensor, "_ C"]) -> Float[Tensor, "n C"]:
@@ -179,36 +167,12 @@ def _restraint(model: nn.Module, method: Method) -> Restraint | None:
     return restrained
 
 
-def _training(
-    optimization: Optimization, rows: int, seed: int, index: int, classes: tuple[int, ...] | None
-) -> SGD | AdamW:
-    """What the loop does in task `index` with `rows` samples: the same batches at the same rates."""
-    order = [
-        batch.tolist()
-        for epoch in range(optimization.epochs)
-        for batch in torch.split(epoch_order(rows, seed, index, epoch), optimization.batch_size)
-    ]
-    steps, rate = len(order), optimization.learning_rate
-    rates = tuple(rate * optimization.factor(step, steps) for step in range(steps))
-    shared: dict[str, Any] = {
-        "learning_rate": rate if set(rates) == {rate} else rates,
-        "steps": steps,
-        "batch_size": optimization.batch_size,
-        "weight_decay": optimization.weight_decay,
-        "max_gradient_norm": optimization.max_gradient_norm,
-        "order": order,
-        "classes": classes,
-    }
-    if optimization.optimizer == "sgd":
-        return SGD(momentum=optimization.momentum, **shared)
-    return AdamW(**shared)
-
-
-def _allowed(choices: list[tuple[int, ...]], outputs: int) -> Bool[Tensor, "n C"]:
-    allowed = torch.zeros(len(choices), outputs, dtype=torch.bool)
-    for row, choice in zip(allowed, choices, strict=True):
+def allowed(choices: list[tuple[int, ...]], outputs: int) -> Bool[Tensor, "n C"]:
+    """One row for each choice among the outputs, true where it may fall."""
+    rows = torch.zeros(len(choices), outputs, dtype=torch.bool)
+    for row, choice in zip(rows, choices, strict=True):
         row[list(choice)] = True
-    return allowed
+    return rows
 
 
 def _left_out(made: Assembly) -> tuple[str, ...]:

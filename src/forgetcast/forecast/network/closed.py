@@ -5,6 +5,8 @@ from time import perf_counter
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from forgetcast.forecast.linear import forecast_linear
 from forgetcast.forecast.network.head import Network
@@ -31,21 +33,29 @@ def closed(
     described: dict[str, Any],
     estimator: Literal["linear", "static"],
     started: float,
+    phi: Float[Tensor, "n d"] | None = None,
 ) -> NetworkForecast:
-    """Forecasts in closed form: of a linear head exactly, of a network at the tangent of its start."""
+    """Forecasts in closed form: of a linear head exactly, of a network at the tangent of its start.
+
+    `phi` are features of the new samples at the start, where they have been read.
+    """
     start = before.place
     assert new.targets is not None
     steps = int(getattr(training, "steps", 0))
     if estimator == "linear":
         assert net.head is not None
         head = LinearHead.from_module(net.head)
-        phi = Features(net.features(new.to(net.device)), new.targets, name="new")
-        made = forecast_linear(Features(before.features, old.targets, name="old"), phi, head, training)
+        read = net.features(new.to(net.device)) if phi is None else phi
+        made = forecast_linear(
+            Features(before.features, old.targets, name="old"), Features(read, new.targets, name="new"), head, training
+        )
         after = made.head_after
         like = start.weight
         weight, bias = torch.as_tensor(after.weight).T.to(like), after.bias
         place = Place(start.theta, weight, start.bias if bias is None else torch.as_tensor(bias).to(like))
         drift, cost = made.drift, made.cost
+        if phi is not None:
+            cost = replace(cost, passes={**cost.passes, "new": 0})
         trust = Trust(None, None, 0.0, False, exact=True)
         end = Reading(steps, place, before.features)
     else:

@@ -9,32 +9,28 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from forgetcast.checks import complaint, require_choice, require_finite, require_integer, require_number
+from forgetcast.checks import complaint, require_choice, require_integer, require_number
 from forgetcast.forecast.network.anchored import anchored_path
 from forgetcast.forecast.network.closed import closed
 from forgetcast.forecast.network.draw import draw
-from forgetcast.forecast.network.head import Network, Restraint, network, probed
-from forgetcast.forecast.network.outputs import columns, renumbered, seeing
+from forgetcast.forecast.network.given import Given, Outputs, given
+from forgetcast.forecast.network.head import Network, Restraint
 from forgetcast.forecast.network.pilot import trained_path
 from forgetcast.forecast.network.plan import FORWARD, HALF_OLD, Budget, plan_anchors
-from forgetcast.forecast.network.result import NetworkForecast, Reading, read_at, read_old
-from forgetcast.forecast.network.samples import Samples, samples_of
-from forgetcast.forecast.network.start import degenerate, placed_start, pulls
+from forgetcast.forecast.network.result import NetworkForecast, Reading, read_at
+from forgetcast.forecast.network.samples import Samples
+from forgetcast.forecast.network.start import Head, Start, degenerate, pulls, read_start
 from forgetcast.forecast.network.steps import Batching
 from forgetcast.forecast.network.stock import stock
 from forgetcast.forecast.network.surrogate import Objective
 from forgetcast.forecast.network.trust import Trust
 from forgetcast.forecast.network.walker import Path, Place, batching_of, follow
-from forgetcast.forecast.path import check_seen, describe
 from forgetcast.forecast.result import Cost
 from forgetcast.forecast.training import SGD, AdamW, GradientDescent, Training
-from forgetcast.tangent.features import check_targets
-from forgetcast.tangent.inputs import tensors
-from forgetcast.tangent.jacobian import Choice, logits_of, trainable
+from forgetcast.tangent.jacobian import Choice
 
 Estimator = Literal["auto", "linear", "anchored", "pilot", "static"]
 ESTIMATORS: tuple[Estimator, ...] = ("auto", "linear", "anchored", "pilot", "static")
-Outputs = Callable[[Any], Tensor] | Sequence[int] | None
 
 
 def forecast(
@@ -48,7 +44,7 @@ def forecast(
     estimator: Estimator = "auto",
     budget: float = 0.15,
     samples_new: int | None = None,
-    head: Literal["as_is", "placed"] = "as_is",
+    head: Head = "as_is",
     restraint: Restraint | None = None,
     seed: int = 0,
     on_step: Callable[[int], None] = lambda _: None,
@@ -105,49 +101,60 @@ def forecast(
     require_integer("seed", seed)
     if samples_new is not None:
         require_integer("samples_new", samples_new, least=1)
-    read = logits_of if outputs is None else outputs if callable(outputs) else columns(outputs)
-    chosen = trainable(model, parameters)
-    old_samples, new_samples = samples_of("old", old), samples_of("new", new)
-    device = next(model.parameters()).device
-    net = network(model, new_samples.at(torch.arange(min(2, len(new_samples)))).to(device), chosen, read)
-    net = replace(net, restraint=restraint)
-    if _shapes(old_samples) != _shapes(new_samples):
-        probed(model, old_samples.at(torch.arange(min(2, len(old_samples)))).to(device), read)
-    described = describe(training)
-    if outputs is not None and not callable(outputs):
-        old_samples, new_samples = (renumbered(samples, outputs) for samples in (old_samples, new_samples))
-        training = seeing(training, outputs)
-    old_samples, new_samples = _checked(net, old_samples, new_samples, training)
-    with net.restored():
-        phi = scores = None
-        if head == "placed":
-            phi, scores = placed_start(net, old_samples, new_samples, training)
-        before = read_old(net, old_samples, 0, Place(net.theta(), net.weight(), net.bias()))
-        require_finite("old logits", before.logits)
-        estimator = _choose(estimator, net, training)
-        if estimator in ("linear", "static"):
-            return closed(net, before, old_samples, new_samples, training, described, estimator, started)
-        assert isinstance(training, SGD | AdamW | GradientDescent)
-        batching = batching_of(training, len(new_samples))
-        blind_start = degenerate(net, new_samples, training)
-        look = scores is None and not blind_start and estimator == "anchored"
-        plan = plan_anchors(
-            steps=training.steps,
-            batch=round(batching.size),
-            new=len(new_samples) if samples_new is None else min(samples_new, len(new_samples)),
-            old=len(old_samples),
+    asked = given(model, old, new, training, parameters, outputs, restraint)
+    with asked.net.restored():
+        start = read_start(asked, head)
+        return forecast_from(
+            asked,
+            start,
+            estimator=estimator,
             budget=budget,
-            look=look,
-            half=estimator == "anchored",
+            samples_new=samples_new,
+            seed=seed,
+            on_step=on_step,
+            started=started,
         )
-        if estimator == "pilot":
-            path, plan = _pilot(net, new_samples, training, plan, budget, len(old_samples), on_step)
-        else:
-            path = _anchored(net, new_samples, training, plan, phi, scores, samples_new, seed, on_step)
-        readings = (before, *(read_at(net, old_samples, step, place) for step, place in sorted(path.places.items())))
-        sampling = None
-        if path.surrogates and not plan.exact and max(len(near) for near in path.surrogates) > 1:
-            sampling = _sampling_error(net, old_samples, training, path, readings, batching)
+
+
+def forecast_from(
+    asked: Given,
+    start: Start,
+    *,
+    estimator: Estimator,
+    budget: float,
+    samples_new: int | None,
+    seed: int,
+    on_step: Callable[[int], None],
+    started: float,
+) -> NetworkForecast:
+    """As `forecast`, of what has been checked and of a model that stands at a start that has been read."""
+    net, old_samples, new_samples, training = asked.net, asked.old, asked.new, asked.training
+    described, head, phi, scores = asked.described, start.head, start.new, start.scores
+    before = Reading(0, Place(net.theta(), net.weight(), net.bias()), start.old)
+    estimator = _choose(estimator, net, training)
+    if estimator in ("linear", "static"):
+        return closed(net, before, old_samples, new_samples, training, described, estimator, started, phi)
+    assert isinstance(training, SGD | AdamW | GradientDescent)
+    batching = batching_of(training, len(new_samples))
+    blind_start = degenerate(net, new_samples, training)
+    look = scores is None and not blind_start and estimator == "anchored"
+    plan = plan_anchors(
+        steps=training.steps,
+        batch=round(batching.size),
+        new=len(new_samples) if samples_new is None else min(samples_new, len(new_samples)),
+        old=len(old_samples),
+        budget=budget,
+        look=look,
+        half=estimator == "anchored",
+    )
+    if estimator == "pilot":
+        path, plan = _pilot(net, new_samples, training, plan, budget, len(old_samples), on_step)
+    else:
+        path = _anchored(net, new_samples, training, plan, phi, scores, samples_new, seed, on_step)
+    readings = (before, *(read_at(net, old_samples, step, place) for step, place in sorted(path.places.items())))
+    sampling = None
+    if path.surrogates and not plan.exact and max(len(near) for near in path.surrogates) > 1:
+        sampling = _sampling_error(net, old_samples, training, path, readings, batching)
     silent = bool(net.body) and bool(path.surrogates) and not bool(path.surrogates[0].gradients.any())
     blind = sum(path.blind) / max(len(path.blind), 1)
     passes = {"old": len(readings) - 1 + (sampling is not None), "new": round(plan.new_cost / len(new_samples))}
@@ -161,7 +168,7 @@ def forecast(
             "budget": budget,
             "head": head,
             "seed": seed,
-            "restraint": restraint is not None,
+            "restraint": net.restraint is not None,
         },
         cost=Cost(perf_counter() - started, passes, estimator),
         estimator=estimator,
@@ -175,29 +182,6 @@ def forecast(
         _windows=path.windows,
         _stock=path.stock,
     )
-
-
-def _shapes(samples: Samples) -> list[tuple[int, ...]]:
-    return [tuple(part.shape[1:]) for part in tensors(samples.inputs)]
-
-
-def _checked(net: Network, old: Samples, new: Samples, training: Training) -> tuple[Samples, Samples]:
-    if new.targets is None:
-        raise complaint("new: no targets", "labels or values to train on", "Give new=(inputs, targets).")
-    if training.classes is not None and max(training.classes) >= net.outputs:
-        raise complaint(
-            f"got training.classes={training.classes} for a model of {net.outputs} outputs",
-            f"outputs in 0 .. {net.outputs - 1}",
-            "Grow the model's head first.",
-        )
-    checked = []
-    for samples in (old, new):
-        targets = samples.targets
-        checked.append(
-            samples if targets is None else replace(samples, targets=check_targets(samples.name, targets, net.outputs))
-        )
-    check_seen("new", checked[1].targets, training.classes)  # type: ignore[arg-type]
-    return checked[0], checked[1]
 
 
 def _choose(estimator: Estimator, net: Network, training: Training) -> Estimator:

@@ -1,9 +1,14 @@
 """The head at the start of a training: whether it tells the new labels apart, and its new rows placed."""
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from forgetcast.checks import complaint
+from forgetcast.checks import complaint, require_finite
+from forgetcast.forecast.network.given import Given
 from forgetcast.forecast.network.head import Network
 from forgetcast.forecast.network.placed import place_rows
 from forgetcast.forecast.network.samples import Samples
@@ -11,6 +16,41 @@ from forgetcast.forecast.network.surrogate import Objective
 from forgetcast.forecast.training import Training
 
 SAME = 1e-6
+Head = Literal["as_is", "placed"]
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """What is read of a model before any training, whatever of it will train.
+
+    Attributes:
+        head: whether its new rows were placed.
+        old: features of the old samples.
+        new: of the new ones, where placing has read them.
+        scores: sizes of the new samples' errors at the placed head.
+    """
+
+    head: Head
+    old: Float[Tensor, "n d"]
+    new: Float[Tensor, "m d"] | None
+    scores: Float[Tensor, " m"] | None
+
+
+def read_start(asked: Given, head: Head) -> Start:
+    """Read the start; with `head="placed"` the model's new rows are placed, and stay so: whoever calls restores them.
+
+    Raises:
+        ValueError: a model without a head to place; old logits that are not finite.
+
+    Cost: one pass over the old samples; with head="placed" one over the new ones.
+    """
+    net = asked.net
+    phi = scores = None
+    if head == "placed":
+        phi, scores = placed_start(net, asked.old, asked.new, asked.training)
+    features = net.features(asked.old.to(net.device))
+    require_finite("old logits", features @ net.weight().T + net.bias())
+    return Start(head, features, phi, scores)
 
 
 def degenerate(net: Network, new: Samples, training: Training) -> bool:
