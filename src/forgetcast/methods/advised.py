@@ -72,7 +72,7 @@ class Advised(Sequential):
         """
         earlier = self.seen
         super().begin_task(task)
-        if not earlier:
+        if len(self.memory) == 0:  # nothing has been learnt
             self.names = tuple(trainable(self.model))
             return
         named = dict(self.model.named_parameters())
