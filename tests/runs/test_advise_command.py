@@ -41,7 +41,7 @@ def test_the_command_tells_all_and_exits_with_4_where_nothing_is_within_the_limi
     assert record["advice"]["share"] <= 0.6
     for words in (
         "task 1 of 2 (from 0)",
-        "2 candidates at",
+        "candidates: 2, forecast at",
         "nothing stays within a drop of 1.0 points",
         "what each choice is forecast to keep and to reach",
         "<- recommended",

@@ -1,7 +1,6 @@
 """How many modules of a backbone train on each task after the first."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor
@@ -9,6 +8,7 @@ from torch import Tensor
 from forgetcast.checks import complaint, require_choice, require_integer, require_number
 from forgetcast.forecast.network.modules import Modules, modules_of
 from forgetcast.methods.base import Model, Protection, State, TaskData
+from forgetcast.protect.decision import Decision, decisions_from, modules_from, plain, train_only
 from forgetcast.protect.parameters import trainable
 from forgetcast.protect.similarity import METRICS, Metric, cosines, drawn, point_of, probe_error, standing_at
 from forgetcast.protect.similarity import task_gradient as gradient_of
@@ -17,40 +17,6 @@ Order = Literal["last", "cosine"]
 ORDERS: tuple[Order, ...] = ("last", "cosine")
 DIGITS = 6
 """Of cosines that count as equal."""
-
-
-@dataclass(frozen=True)
-class Decision:
-    """Which modules train on a task, and why.
-
-    Attributes:
-        task: counted from 0.
-        trained: modules that train, in the order of the model; the head always does.
-        modules: how many there are.
-        reason: in words.
-        cosine: of the gradients of this task and of the one before, over all modules.
-        cosines: by module.
-        probe_error: of rows fitted on the features as they are.
-        usual_error: the same just after the task before was learnt, on its own samples.
-    """
-
-    task: int
-    trained: tuple[str, ...]
-    modules: int
-    reason: str
-    cosine: float | None = None
-    cosines: Mapping[str, float] = field(default_factory=dict)
-    probe_error: float | None = None
-    usual_error: float | None = None
-
-    @property
-    def text(self) -> str:
-        """In a sentence."""
-        return f"task {self.task}: {len(self.trained)} of {self.modules} modules train, because {self.reason}"
-
-    def told(self) -> dict[str, Any]:
-        """Plain JSON values, the sentence among them."""
-        return {"text": self.text, **asdict(self), "trained": list(self.trained)}
 
 
 class LastModules(Protection):
@@ -95,12 +61,12 @@ class LastModules(Protection):
 
     def state_dict(self) -> State:
         """Modules and decisions."""
-        return {"modules": _plain(self.modules), "decisions": self.decided()}
+        return {"modules": plain(self.modules), "decisions": self.decided()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave."""
-        self.modules = _modules(state["modules"])
-        self.decisions = _decisions(state["decisions"])
+        self.modules = modules_from(state["modules"])
+        self.decisions = decisions_from(state["decisions"])
 
 
 class SimilarModulesRest(Protection):
@@ -205,7 +171,7 @@ class SimilarModulesRest(Protection):
     def state_dict(self) -> State:
         """All that the next comparison needs."""
         return {
-            "modules": _plain(self.modules),
+            "modules": plain(self.modules),
             "decisions": self.decided(),
             "point": dict(self.point),
             "last": dict(self.last),
@@ -214,8 +180,8 @@ class SimilarModulesRest(Protection):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave."""
-        self.modules = _modules(state["modules"])
-        self.decisions = _decisions(state["decisions"])
+        self.modules = modules_from(state["modules"])
+        self.decisions = decisions_from(state["decisions"])
         self.point, self.last, self.usual = dict(state["point"]), dict(state["last"]), state["usual"]
 
     def _chosen(
@@ -253,24 +219,3 @@ def least_similar(by_module: Mapping[str, float], count: int) -> tuple[str, ...]
     names = list(by_module)
     ranked = sorted(range(len(names)), key=lambda place: (round(by_module[names[place]], DIGITS), -place))
     return tuple(names[place] for place in sorted(ranked[:count]))
-
-
-def train_only(model: Model, modules: Modules, chosen: Sequence[str]) -> None:
-    """Let the parameters of the chosen modules train, and those of the others not."""
-    named = dict(model.backbone.named_parameters())
-    for module, own in modules.items():
-        for name in own:
-            named[name].requires_grad_(module in chosen)
-
-
-def _plain(modules: Modules) -> list[list[Any]]:
-    return [[name, list(own)] for name, own in modules.items()]  # a list: JSON objects need not keep their order
-
-
-def _modules(state: Sequence[Sequence[Any]]) -> Modules:
-    return {name: tuple(own) for name, own in state}
-
-
-def _decisions(state: Sequence[Mapping[str, Any]]) -> list[Decision]:
-    known = [{key: value for key, value in one.items() if key != "text"} for one in state]
-    return [Decision(**{**one, "trained": tuple(one["trained"])}) for one in known]

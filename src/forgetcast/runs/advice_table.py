@@ -13,8 +13,9 @@ def advice_lines(record: Record) -> Iterator[str]:
     advice, candidates = record["advice"], len(record["candidates"])
     yield heading(record)
     yield (
-        f"{candidates} candidates at {advice['share']:.1%} of the cost of training all, {advice['seconds']:.1f} s; "
-        f"old accuracy now {advice['accuracy_before']:.1%}, which weighs {advice['old_weight']:.2f}"
+        f"candidates: {candidates}, forecast at {advice['share']:.1%} of the cost of training them all, "
+        f"in {advice['seconds']:.1f} s; old accuracy now {advice['accuracy_before']:.1%}, "
+        f"which weighs {advice['old_weight']:.2f}"
     )
     yield f"advice: {advice['reason']}"
     yield from left_out(record)
