@@ -44,15 +44,15 @@ HEAD = """# How much to train: the choice by forecast against an exhaustive sear
 
 Written by `python -m benchmarks.magnitude_forecast DATA` (numbers: `benchmarks/results/magnitude_forecast.json`).
 
-A base model learns half of the tasks together; {transitions} further tasks follow, {seeds} seeds, each with its own
-task order, tuner and samples. Before each, `fc.advise` forecasts every choice: which of the nested sets of modules
-trains (the head alone, with the last 1, 2, 4, ... blocks, all of them), and how far the model then goes along the way
-that this training takes it ({lengths}). An exhaustive search trains every set for real ({epochs} epochs of AdamW,
-rate {rate:g}, batch {batch}, loss over the new classes, their rows placed first) and measures every length. The score
-is the accuracy among all classes seen, each class counting alike: old and new accuracy weighted by their classes. The
-advice reads about 225 of the old test samples and new *training* samples; the search is measured on the other old test
-samples and on the new test samples, so part of what a choice loses is chance: the search's best is the best of all
-its points on the very samples that it is measured on. The next task starts from what the advice chose.
+A base model learns half of the tasks together; {transitions} further tasks follow (seeds {seeds}), each seed with its
+own task order, tuner and samples. Before each, `fc.advise` forecasts every choice: which of the nested sets of
+modules trains (the head alone, with the last 1, 2, 4, ... blocks, all of them), and how far the model then goes along
+the way that this training takes it ({lengths}). An exhaustive search trains every set for real ({epochs} epochs of
+AdamW, rate {rate:g}, batch {batch}, loss over the new classes, their rows placed first) and measures every length.
+The score is the accuracy among all classes seen, each class counting alike: old and new accuracy weighted by their
+classes. The advice reads about 225 of the old test samples and new *training* samples; the search is measured on the
+other old test samples and on the new test samples, so part of what a choice loses is chance: the search's best is the
+best of all its points on the very samples that it is measured on. The next task starts from what the advice chose.
 
 *Lost*: score of the search's best minus that of the advised choice. *Best fixed*: the one choice that is best on
 average over all transitions of a setting, found afterwards. *Cost*: passes of the advice relative to those of the
@@ -187,10 +187,15 @@ def work(given: tuple[str, int, Path]) -> tuple[str, list[Table]]:
 def page(result: Table) -> str:
     """Written from the JSON alone."""
     everything = [row for rows in result["runs"].values() for row in rows]
+    seeds = sorted({str(row["seed"]) for row in everything})
     head = HEAD.format(
-        transitions=TRANSITIONS, seeds=len({row["seed"] for row in everything}), epochs=EPOCHS, rate=RATE, batch=BATCH,
+        transitions=TRANSITIONS,
+        seeds=", ".join(seeds),
+        epochs=EPOCHS,
+        rate=RATE,
+        batch=BATCH,
         lengths=", ".join(f"{length:g}" for length in LENGTHS),
-    )  # fmt: skip
+    )
     parts = [head]
     for name in NAMES:
         rows = [row for row in everything if row["setting"] == name]
@@ -243,9 +248,13 @@ def _summary(rows: list[Table], fixed: int) -> list[str]:
         for name, place in others.items()
     )
     seconds = fmean(row["seconds_share"] for row in rows)
+    losses = [100 * (row["best"]["score"] - point["score"]) for row in rows for point in row["points"]]
+    near = fmean(loss <= 1 for loss in losses)
     return [
         f"- The advised choice is within 1 point of the search's best in {within} of {len(rows)} transitions; lost on "
         f"average {fmean(lost):.1f}, at most {max(lost):.1f} points. Mean score of the advised: {told}.",
+        f"- A choice at random is within 1 point of the search's best in {near:.0%}, and loses {fmean(losses):.1f} on "
+        "average.",
         f"- Cost {fmean(row['cost'] for row in rows):.2f} of the search in passes, {seconds:.2f} in processor time.",
     ]
 
