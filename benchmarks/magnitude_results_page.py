@@ -111,7 +111,8 @@ def _adaptive(result: Table, shown: list[str]) -> list[str]:
         holds = sum(fmean(gap) >= 0 for gap in gaps.values())
         told = ", ".join(f"{name} {_spread(gap, sign='+')}" for name, gap in gaps.items())
         found.append(
-            f"{method.capitalize()} is at least as accurate on average as {other} in {holds} of {len(gaps)} streams: {told}."
+            f"{method.capitalize()} is at least as accurate on average as {other} in {holds} of {len(gaps)} streams: "
+            f"{told}."
         )
     return found
 
