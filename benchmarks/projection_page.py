@@ -7,6 +7,7 @@ from typing import Any
 
 from scipy.stats import t
 
+from benchmarks.projection_memory import memory_rows
 from benchmarks.projection_runs import Learner, Table, row_of
 
 HEAD = """# Gradient projection on real models
@@ -47,6 +48,8 @@ CONTROLS: tuple[tuple[str, str | None, Learner], ...] = (
     ("adapter trained on the first task alone", "adapter", "first task"),
 )
 BUSIER = "Measured later, beside other work on the machine: seconds here say nothing."
+WEIGHED = """Seed 0, one epoch a task, each run in a process of its own: how far the peak of its resident set rises
+above that at the start of the first task; and what projection keeps of ten tasks, in float32."""
 Metric = tuple[str, str]
 CLASSIFIERS = {"means": "class means", "metrics": "linear head"}
 SHOWN: tuple[Metric, ...] = (
@@ -93,6 +96,12 @@ def page(result: Table, reading: Callable[[Table], list[str]]) -> str:
             _controls(result, name),
         ]
     parts += ["## What it shows", _items(reading(result)), "## Other projections", BUSIER, _ablations(result)]
+    weighed = memory_rows(result, NAMES)
+    parts += (
+        ["## Memory", WEIGHED, _table("setting | tuner | MiB, plain | projected | kept, MiB", weighed)]
+        if weighed
+        else []
+    )
     spent = sum(run["cpu_seconds"] for part in ("tuning", "runs") for run in result[part].values()) / 60
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     counts = f"{len(result['runs'])} runs and {len(result['tuning'])} for rates"

@@ -18,6 +18,7 @@ from torch.multiprocessing import get_context
 
 from benchmarks.machine import RESULTS, floor
 from benchmarks.method_runs import Store
+from benchmarks.projection_memory import memory
 from benchmarks.projection_page import page
 from benchmarks.projection_reading import reading
 from benchmarks.projection_runs import TUNERS, Learner, Run, Table, cost_of_clip, measured
@@ -80,6 +81,11 @@ def work(run: Run) -> tuple[Run, Table]:
     return run, measured(run, inherited["data"][run.setting], inherited["folder"])
 
 
+def weigh(run: Run) -> tuple[Run, Table]:
+    """In a worker that does nothing else."""
+    return run, memory(run, inherited["data"][run.setting], inherited["folder"])
+
+
 def complete(store: Store, pool: Pool, runs: Sequence[Run], hashes: Mapping[str, str], part: str) -> None:
     """Measure what is missing of some runs; written after each."""
     place = store.all.setdefault(part, {})
@@ -139,6 +145,12 @@ def measure(store: Store, folder: Path, settings: Sequence[str], workers: int) -
         for part in (pairs, controls, ablations):
             rows = at_rates(part(settings), rates)
             complete(store, pool, [replace(run, seed=seed) for run in rows for seed in SEEDS], hashes, "runs")
+    place = store.all.setdefault("memory", {})
+    missing = [run for run in at_rates(pairs(settings), rates) if run.row not in place]
+    with get_context("spawn").Pool(workers, begin, (data, folder), maxtasksperchild=1) as pool:
+        for run, found in pool.imap_unordered(weigh, missing, chunksize=1):
+            place[run.row] = found
+            store.save()
 
 
 if __name__ == "__main__":
