@@ -8,6 +8,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from tuned import tuned_where_needed
 
+from forgetcast.forecast.training import SGD
 from forgetcast.methods.base import Batch, Method, TaskData
 from forgetcast.methods.registry import METHODS, create, method_class
 from forgetcast.methods.sequential import Sequential
@@ -21,6 +22,7 @@ OPTIONS = {
     "kronecker_ewc": {"strength": 1.0},
     "spectral_network": {"strength": 0.03, "modes": 50, "probes": 50},
     "pegp": {"threshold": 0.6},
+    "advised": {"budget": 1.0, "capacity": 40},
 }
 CLASSES = [(0, 1, 2, 3, 4), (5, 6, 7, 8, 9)]
 
@@ -46,7 +48,11 @@ def task_of(digits, index, joint=False):
     seen = tuple(label for classes in CLASSES[: index + 1] for label in classes)
     rows = torch.isin(labels, torch.tensor(seen if joint else CLASSES[index])).nonzero()[:, 0]
     return TaskData(
-        index, CLASSES[index], seen, lambda: (Batch(images[r], labels[r], r) for r in torch.split(rows, 50))
+        index,
+        CLASSES[index],
+        seen,
+        lambda: (Batch(images[r], labels[r], r) for r in torch.split(rows, 50)),
+        lambda: SGD(learning_rate=0.1, steps=6 * -(-len(rows) // 32), batch_size=32, momentum=0.9),
     )
 
 

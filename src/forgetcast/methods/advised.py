@@ -12,6 +12,7 @@ from forgetcast.forecast.network.advice import Advice, advise
 from forgetcast.methods.base import Model, State, TaskData
 from forgetcast.methods.sequential import Sequential
 from forgetcast.methods.viewed import viewed
+from forgetcast.protect.decision import let_train
 from forgetcast.protect.memory import Exemplars
 from forgetcast.protect.parameters import trainable
 
@@ -76,12 +77,9 @@ class Advised(Sequential):
             self.names = tuple(trainable(self.model))
             return
         named = dict(self.model.named_parameters())
-        for name in self.names:
-            named[name].requires_grad_(True)
+        let_train(named, self.names, self.names)
         advice = self._advice(task, earlier)
-        kept = {id(named[name]) for name in self._own(advice)}
-        for name in self.names:
-            named[name].requires_grad_(id(named[name]) in kept)
+        let_train(named, self.names, self._own(advice))
         self.length = advice.recommended.length
         self.start = {name: named[name].detach().clone() for name in self.names if named[name].requires_grad}
         self.decisions.append(_told(task.index, advice))

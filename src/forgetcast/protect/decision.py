@@ -1,8 +1,10 @@
 """Which modules train on a task: the decision, what carries it out, and what of it is kept."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from torch import nn
 
 from forgetcast.forecast.network.modules import Modules
 from forgetcast.methods.base import Model
@@ -43,11 +45,21 @@ class Decision:
 
 
 def train_only(model: Model, modules: Modules, chosen: Sequence[str]) -> None:
-    """Let the parameters of the chosen modules train, and those of the others not."""
-    named = dict(model.backbone.named_parameters())
-    for module, own in modules.items():
-        for name in own:
-            named[name].requires_grad_(module in chosen)
+    """Let the parameters of the chosen modules train, and those of the others not, without gradients of before."""
+    let_train(dict(model.backbone.named_parameters()), all_of(modules.values()), all_of(modules[one] for one in chosen))
+
+
+def let_train(named: Mapping[str, nn.Parameter], known: Iterable[str], chosen: Collection[str]) -> None:
+    """Of the known parameters let the chosen ones train, and no others; what rests keeps no gradient of before."""
+    for name in known:
+        named[name].requires_grad_(name in chosen)
+        if name not in chosen:
+            named[name].grad = None
+
+
+def all_of(parts: Iterable[Sequence[str]]) -> list[str]:
+    """One after the other."""
+    return [name for part in parts for name in part]
 
 
 def plain(modules: Modules) -> list[list[Any]]:
