@@ -135,7 +135,7 @@ def test_progress_is_told(estimator):
 def test_more_budget_is_more_like_the_run():
     """Median over seeds of the error, halved at least from a small budget to a large one."""
     errors: dict[float, list[float]] = {0.2: [], 0.9: []}
-    for seed in range(5):
+    for seed in range(3):
         model, old, new = network_and_task("perceptron", old=8, new=90, seed=seed)
         training = fc.AdamW(3e-3, 60, batch_size=16, classes=NEW)
         run = fc.forecast(model, old, new, training, budget=1).drift
