@@ -1,5 +1,7 @@
 """Training as a forecast advises: what was forecast of the choice is what comes of it, and nothing else trains."""
 
+from importlib import import_module
+
 import pytest
 import torch
 from small import stream
@@ -51,6 +53,32 @@ def test_what_a_whole_replay_forecasts_is_what_comes(lengths, loss_outputs):
     assert accuracy(made, *new) == pytest.approx(told["new_accuracy"], abs=0.5 / len(new[1]))
     weight = 2 / 4
     assert told["score"] == pytest.approx(weight * told["old_accuracy"] + (1 - weight) * told["new_accuracy"])
+
+
+def test_parameters_and_running_statistics_go_back_together(monkeypatch):
+    seen = {}
+
+    class Watched(Advised):
+        def begin_task(self, task):
+            super().begin_task(task)
+            seen["start"] = {name: value.clone() for name, value in self.model.state_dict().items()}
+
+        def end_task(self, task):
+            seen["end"] = {name: value.clone() for name, value in self.model.state_dict().items()}
+            super().end_task(task)
+
+    advice = import_module("forgetcast.forecast.network.advice")
+    monkeypatch.setattr(advice, "choose", lambda points, _: points[-1])  # all of it trains
+    torch.manual_seed(3)
+    layers = [nn.Linear(64, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 12)]
+    made = Watched(Model(nn.Sequential(*layers), Linear(12)), lengths=(0.25,), budget=1.0, capacity=60)
+    found = learnt(made, 2).model.state_dict()
+    assert made.decided()[0]["candidate"] == "all"
+    for name, end in seen["end"].items():
+        if end.is_floating_point():
+            assert not torch.equal(seen["start"][name], end)
+            torch.testing.assert_close(found[name], torch.lerp(seen["start"][name], end, 0.25))
+    assert not made.start
 
 
 def test_what_is_not_chosen_stands_still_and_may_train_again():

@@ -15,6 +15,7 @@ from forgetcast.methods.viewed import viewed
 from forgetcast.protect.decision import let_train
 from forgetcast.protect.memory import Exemplars
 from forgetcast.protect.parameters import trainable
+from forgetcast.protect.similarity import point_of
 
 
 class Advised(Sequential):
@@ -23,7 +24,7 @@ class Advised(Sequential):
     Before every task but the first, every candidate (the head alone, with the last 1, 2, 4, ... modules, all) is
     forecast on samples kept of old tasks and on the new ones; the one with the highest forecast accuracy over all
     classes, within the limit, trains. With a length below 1 the model goes back that share of the way at the task's
-    end: theta <- theta_old + length (theta - theta_old), the head included.
+    end: theta <- theta_old + length (theta - theta_old), the head and running statistics of what trains included.
 
     Args:
         model: a backbone of which something trains, and a linear head.
@@ -81,7 +82,7 @@ class Advised(Sequential):
         advice = self._advice(task, earlier)
         let_train(named, self.names, self._own(advice))
         self.length = advice.recommended.length
-        self.start = {name: named[name].detach().clone() for name in self.names if named[name].requires_grad}
+        self.start = point_of(self.model) if self.length < 1 else {}
         self.decisions.append(_told(task.index, advice))
 
     def plain_outputs(self) -> tuple[int, ...] | None:
@@ -90,11 +91,11 @@ class Advised(Sequential):
 
     def end_task(self, task: TaskData) -> None:
         """Go back to where the advice was to stop, and keep samples."""
-        if self.length < 1:
-            with torch.no_grad():
-                for name, parameter in self.model.named_parameters():
-                    if name in self.start:
-                        parameter.copy_(torch.lerp(self.start[name].to(parameter), parameter, self.length))
+        now = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        with torch.no_grad():
+            for name, before in self.start.items():
+                if before.is_floating_point():
+                    now[name].copy_(torch.lerp(before.to(now[name]), now[name], self.length))
         self.start, self.length = {}, 1.0
         super().end_task(task)
         self.memory.remember(self.model, task)
