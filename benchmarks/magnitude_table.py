@@ -33,11 +33,14 @@ SEEDS = (0, 1, 2)
 OPTIMIZATION = Optimization(
     "sgd", learning_rate=0.05, epochs=6, batch_size=32, momentum=0.9, weight_decay=5e-4, schedule="cosine"
 )
+ADAPTIVE = {"least": 1, "low": 0.2, "high": 0.5, "order": "last", "guard": 0.75, "samples": 1024}
 METHODS: dict[str, Mapping[str, Any]] = {
     "initialized": {},
     "frozen": {"specific": 1},
-    "adaptive": {"least": 1, "low": 0.2, "high": 0.5, "order": "last", "guard": 0.75, "samples": 1024},
+    "adaptive": ADAPTIVE,
+    "adaptive, joint rows": {**ADAPTIVE, "rows": "joint"},
 }
+"""Options by what the table calls it: a method's name, and what is said of it after a comma."""
 DOCS = Path(__file__).parents[1] / "docs" / "magnitude_results.md"
 
 
@@ -68,7 +71,7 @@ def measured(run: Run, folder: Path) -> Table:
     stream = setting.made(folder, run.seed)
     seed_everything(run.seed)
     model = Model(NineBlocks(setting.channels), Linear(WIDTH))
-    method = method_class(run.method)(model, loss_outputs="task", **run.options)
+    method = method_class(run.method.partition(",")[0])(model, loss_outputs="task", **run.options)
     done = learn(method, stream, OPTIMIZATION, seed=run.seed)
     return {
         "split": stream.split_hash,

@@ -8,6 +8,7 @@ from small import stream
 from torch import nn
 
 from forgetcast.heads.linear import Linear
+from forgetcast.learn.checkpoint import Checkpointing
 from forgetcast.learn.loop import learn
 from forgetcast.learn.optimizer import Optimization
 from forgetcast.methods.adaptive import Adaptive
@@ -57,15 +58,40 @@ def test_no_module_is_frozen_training_bit_for_bit():
     assert trained(adaptive) == [["0", "1", "3", "5"], [], []]
 
 
-@pytest.mark.parametrize("order", ["last", "cosine"])
+@pytest.mark.parametrize(("order", "rows"), [("last", "own"), ("cosine", "own"), ("last", "joint")])
 @pytest.mark.parametrize("least", [1, 3])
-def test_the_same_task_again_trains_the_last(least, order):
-    frozen, adaptive = Frozen(model(), least), Adaptive(model(), least=least, order=order)
+def test_the_same_task_again_trains_the_last(least, order, rows):
+    frozen, adaptive = Frozen(model(), least), Adaptive(model(), least=least, order=order, rows=rows)
     assert same(after(frozen, twice()), after(adaptive, twice()))
     assert trained(adaptive)[1] == ["0", "1", "3", "5"][-least:]
     decision = adaptive.decided()[1]
     assert decision["cosine"] == pytest.approx(1, abs=1e-6)
     assert decision["text"].startswith(f"task 1: {least} of 4 modules train, because its gradient has cosine 1.00")
+
+
+@pytest.mark.parametrize("rows", ["own", "joint"])
+def test_a_resumed_run_chooses_alike(rows, tmp_path):
+    def made() -> Adaptive:
+        return Adaptive(model(), low=-1.0, high=1.0, rows=rows)
+
+    whole = after(uninterrupted := made())
+    checkpointing = Checkpointing(tmp_path)
+    learn(made(), stream(), OPTIMIZATION, seed=2, checkpointing=checkpointing, until=2)
+    resumed = made()
+    learn(resumed, stream(), OPTIMIZATION, seed=2, checkpointing=checkpointing)
+    assert resumed.decided() == uninterrupted.decided()
+    assert same(whole, resumed.model.state_dict())
+
+
+def test_joint_rows_keep_samples_of_the_last_task_alone():
+    method = Adaptive(model(), rows="joint", samples=50)
+    learn(method, stream(), OPTIMIZATION, seed=2, until=2)
+    (rest,) = method.protections
+    inputs, labels = rest.kept
+    assert len(inputs) == len(labels) == 50
+    assert set(labels.tolist()) == set(stream().tasks[1].classes)
+    assert not rest.last
+    assert Adaptive(model()).protections[0].kept is None
 
 
 def test_parameters_and_statistics_of_resting_modules_stand_still():
@@ -182,6 +208,7 @@ def test_training_mode_leaves_frozen_normalisations():
         (lambda: SimilarModulesRest(low=-1.5), "low"),
         (lambda: SimilarModulesRest(metric="angle"), "metric"),
         (lambda: SimilarModulesRest(order="first"), "order"),
+        (lambda: SimilarModulesRest(rows="shared"), "rows"),
         (lambda: SimilarModulesRest(guard=float("nan")), "guard"),
         (lambda: SimilarModulesRest(samples=1), "samples"),
         (lambda: SimilarModulesRest(sketch=0), "sketch"),

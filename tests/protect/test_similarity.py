@@ -1,6 +1,7 @@
 """Cosines of the gradients of two tasks: a dense oracle, a common point, nothing disturbed."""
 
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -16,12 +17,19 @@ from forgetcast.methods.base import Batch, Model, TaskData
 from forgetcast.protect.similarity import (
     cosines,
     drawn,
+    fitted_rows,
     point_of,
     probe_error,
     sketched,
     standing_at,
     task_gradient,
 )
+from forgetcast.streams.sources import Source, digits
+
+
+@cache
+def source_of_digits() -> Source:
+    return digits()
 
 
 def model(seed: int = 0) -> Model:
@@ -62,6 +70,56 @@ def test_gradients_against_autograd_on_all_samples_at_once(batch_size):
     assert torch.allclose(torch.cat(list(found.values())), torch.cat([part.flatten() for part in dense]), atol=1e-6)
     signs = task_gradient(net, inputs, labels, modules(net), metric="signs")
     assert torch.equal(signs["4"], task_gradient(net, inputs, labels, modules(net))["4"].sign())
+
+
+def test_joint_rows_are_those_fitted_to_both_tasks_and_the_loss_is_over_the_classes_of_one():
+    net = model()
+    first, second = samples((4, 2, 7)), samples((3, 7, 4), seed=2)
+    rows = fitted_rows(net, first, second, batch_size=7)
+    found = task_gradient(net, *second, modules(net), rows=rows)
+    net.eval()
+    head = nn.Linear(5, 4)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    inputs, labels = (torch.cat(pair) for pair in zip(first, second, strict=True))
+    place_rows(head, net.features(inputs).detach(), torch.searchsorted(torch.tensor([2, 3, 4, 7]), labels), range(4),
+               iterations=50, ridge=1e-2)  # fmt: skip
+    logits = head(net.features(second[0]))[:, 1:]
+    loss = cross_entropy(logits, torch.searchsorted(torch.tensor([3, 4, 7]), second[1]))
+    dense = torch.autograd.grad(loss, list(net.backbone.parameters()))
+    torch.testing.assert_close(torch.cat(list(found.values())), torch.cat([part.flatten() for part in dense]))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_with_joint_rows_shared_classes_make_tasks_more_alike(seed):
+    """Two tasks of four digits out of eight, with none or two in common, other samples in each."""
+    source = source_of_digits()
+    draw = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    net = Model(nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 32)), Linear(5))
+    inputs, labels = torch.as_tensor(source.inputs).float().flatten(1), torch.as_tensor(source.labels)
+    half = torch.rand(len(labels), generator=draw) < 0.5
+    order = torch.randperm(10, generator=draw)
+
+    def part(which: slice, side: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        kept = torch.isin(labels, order[which]) & side
+        return inputs[kept], labels[kept]
+
+    def alike(second: slice) -> float:
+        tasks = part(slice(0, 4), half), part(second, ~half)
+        rows = fitted_rows(net, *tasks)
+        found = cosines(*(task_gradient(net, *one, modules(net), rows=rows) for one in tasks))[1]
+        assert found is not None
+        return found
+
+    assert alike(slice(2, 6)) > alike(slice(4, 8)) + 0.05
+
+
+def test_labels_without_rows_are_refused():
+    net = model()
+    rows = fitted_rows(net, samples((4, 2)))
+    with pytest.raises(ValueError, match=r"labels \[7\] with rows of \[2, 4\]"):
+        task_gradient(net, *samples((4, 7)), modules(net), rows=rows)
 
 
 def test_preconditioned_gradients_are_means_over_root_mean_squares():

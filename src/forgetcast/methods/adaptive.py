@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from forgetcast.methods.base import Model
 from forgetcast.methods.sequential import Sequential
-from forgetcast.protect.magnitude import Order, SimilarModulesRest
+from forgetcast.protect.magnitude import FittedTo, Order, SimilarModulesRest
 from forgetcast.protect.similarity import Metric
 
 
@@ -17,6 +17,8 @@ class Adaptive(Sequential):
         low: cosine at which all modules train.
         high: cosine at which `least` do.
         order: which modules train: the "last", or those with the lowest "cosine" of their own.
+        rows: of the head, with which gradients are compared: fitted to each task's "own" samples, or "joint"ly to those
+            of both, which sees that classes are shared and keeps `samples` of the last task; these never train.
         metric: of similarity: "cosine", "preconditioned" as Adam does, or "signs".
         guard: how much worse features as they are may do on the new task, between 0 (no worse than on the last one)
             and 1 (guessing), before everything trains; None for no guard.
@@ -36,6 +38,7 @@ class Adaptive(Sequential):
         high: float = 0.5,
         *,
         order: Order = "last",
+        rows: FittedTo = "own",
         metric: Metric = "cosine",
         guard: float | None = 0.75,
         samples: int = 1024,
@@ -44,6 +47,15 @@ class Adaptive(Sequential):
         loss_outputs: str = "seen",
     ) -> None:
         rest = SimilarModulesRest(
-            least, low, high, order=order, metric=metric, guard=guard, samples=samples, sketch=sketch, modules=modules
+            least,
+            low,
+            high,
+            order=order,
+            rows=rows,
+            metric=metric,
+            guard=guard,
+            samples=samples,
+            sketch=sketch,
+            modules=modules,
         )
         super().__init__(model, [rest], loss_outputs=loss_outputs)

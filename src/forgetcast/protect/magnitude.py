@@ -10,11 +10,24 @@ from forgetcast.forecast.network.modules import Modules, modules_of
 from forgetcast.methods.base import Model, Protection, State, TaskData
 from forgetcast.protect.decision import Decision, decisions_from, modules_from, plain, train_only
 from forgetcast.protect.parameters import trainable
-from forgetcast.protect.similarity import METRICS, Metric, cosines, drawn, point_of, probe_error, standing_at
+from forgetcast.protect.similarity import (
+    METRICS,
+    Labelled,
+    Metric,
+    Rows,
+    cosines,
+    drawn,
+    fitted_rows,
+    point_of,
+    probe_error,
+    standing_at,
+)
 from forgetcast.protect.similarity import task_gradient as gradient_of
 
 Order = Literal["last", "cosine"]
 ORDERS: tuple[Order, ...] = ("last", "cosine")
+FittedTo = Literal["own", "joint"]
+FITTED_TO: tuple[FittedTo, ...] = ("own", "joint")
 DIGITS = 6
 """Of cosines that count as equal."""
 
@@ -76,7 +89,9 @@ class SimilarModulesRest(Protection):
 
     with L modules and s the cosine of the two tasks' gradients. The last ones train, or with order="cosine" those whose
     own cosines are lowest, among equal ones the last. With low = high all train where s is below, and `least` where it
-    is not. Both gradients are taken at the weights before the first task (`protect/similarity.py`).
+    is not. Both gradients are taken at the weights before the first task (`protect/similarity.py`), with rows of the
+    head fitted to each task by itself, or to both together: these see that classes are shared, and need samples of the
+    last task, which never train.
 
     Guard: where the shared part was learnt badly, keeping it helps nobody, however alike the tasks are. Rows fitted on
     the features as they are must not do much worse on the new task than they did on the last one just after it was
@@ -88,14 +103,16 @@ class SimilarModulesRest(Protection):
         high: cosine at which `least` do.
         order: which modules train: the "last", or by their own "cosine"; modules under others that rest move what
             these have learnt to read, which costs more old accuracy than training the last.
+        rows: what the rows of the head are fitted to: the "own" task, or both ("joint").
         metric: of similarity: "cosine", "preconditioned" as Adam does, or "signs".
         guard: see above; None for none.
         samples: of each task, for its gradient and the guard, at most.
         sketch: numbers kept of each module's gradient; all by default.
         modules: patterns of parameter names, one a module; by default the blocks of the stack (`modules_of`).
 
-    Cost: in front of a task two passes forward and one backward of `samples`, and two readings of the task. Memory: the
-    trained parameters of the backbone twice, once with a sketch.
+    Cost: in front of a task two passes forward and one backward of `samples`, and two readings of the task; twice the
+    passes with joint rows. Memory: the trained parameters of the backbone twice, once with a sketch; with joint rows
+    once, and `samples` of the last task.
 
     Source: arXiv 2602.20796, algorithm 1, which leaves metric's weights, thresholds and modules open.
     """
@@ -107,6 +124,7 @@ class SimilarModulesRest(Protection):
         high: float = 0.5,
         *,
         order: Order = "last",
+        rows: FittedTo = "own",
         metric: Metric = "cosine",
         guard: float | None = 0.75,
         samples: int = 1024,
@@ -117,6 +135,7 @@ class SimilarModulesRest(Protection):
         require_number("low", low, least=-1.0, most=1.0)
         require_number("high", high, least=low, most=1.0)
         require_choice("order", order, ORDERS)
+        require_choice("rows", rows, FITTED_TO)
         require_choice("metric", metric, METRICS)
         require_integer("samples", samples, least=2)
         if guard is not None:
@@ -125,6 +144,7 @@ class SimilarModulesRest(Protection):
             require_integer("sketch", sketch, least=1)
         self.least, self.low, self.high = least, low, high
         self.order: Order = order
+        self.rows: FittedTo = rows
         self.metric: Metric = metric
         self.guard, self.samples, self.sketch = guard, samples, sketch
         self.patterns = modules
@@ -132,6 +152,7 @@ class SimilarModulesRest(Protection):
         self.decisions: list[Decision] = []
         self.point: dict[str, Tensor] = {}
         self.last: dict[str, Tensor] = {}
+        self.kept: Labelled | None = None
         self.usual: float | None = None
 
     def begin_task(self, model: Model, task: TaskData) -> None:
@@ -151,13 +172,11 @@ class SimilarModulesRest(Protection):
         inputs, labels = drawn(task, self.samples)
         error, chance = (None, 0.0) if self.guard is None or task.index == 0 else probe_error(model, inputs, labels)
         with standing_at(model.backbone, self.point):
-            gradient = gradient_of(model, inputs, labels, self.modules, metric=self.metric, sketch=self.sketch)
-        by_module, cosine = cosines(gradient, self.last)
+            by_module, cosine = self._compared(model, (inputs, labels))
         chosen, reason = self._chosen(task.index, by_module, cosine, error, chance)
         train_only(model, self.modules, chosen)
         decision = Decision(task.index, chosen, len(names), reason, cosine, by_module, error, self.usual)
         self.decisions.append(decision)
-        self.last = gradient
 
     def end_task(self, model: Model, task: TaskData) -> None:
         """Take note of how well rows fitted on the features do now."""
@@ -175,6 +194,7 @@ class SimilarModulesRest(Protection):
             "decisions": self.decided(),
             "point": dict(self.point),
             "last": dict(self.last),
+            "kept": self.kept,
             "usual": self.usual,
         }
 
@@ -183,6 +203,24 @@ class SimilarModulesRest(Protection):
         self.modules = modules_from(state["modules"])
         self.decisions = decisions_from(state["decisions"])
         self.point, self.last, self.usual = dict(state["point"]), dict(state["last"]), state["usual"]
+        self.kept = None if state["kept"] is None else (state["kept"][0], state["kept"][1])
+
+    def _compared(self, model: Model, task: Labelled) -> tuple[dict[str, float], float | None]:
+        """Cosines by module and of all, of the task's gradient and that of the one before; takes note of the task."""
+
+        def gradient(samples: Labelled, rows: Rows | None = None) -> dict[str, Tensor]:
+            return gradient_of(model, *samples, self.modules, rows=rows, metric=self.metric, sketch=self.sketch)
+
+        if self.rows == "own":
+            before, self.last = self.last, gradient(task)
+            return cosines(self.last, before)
+        before_it, self.kept = self.kept, task
+        if before_it is None:
+            return {}, None
+        device = task[0].device
+        both = task, (before_it[0].to(device), before_it[1].to(device))
+        rows = fitted_rows(model, *both)
+        return cosines(*(gradient(one, rows) for one in both))
 
     def _chosen(
         self, task: int, by_module: Mapping[str, float], cosine: float | None, error: float | None, chance: float

@@ -2,13 +2,15 @@ r"""How alike two tasks are to a model: the cosine of their gradients, module by
 
     g_k = gradient of the cross-entropy of task k at theta_ref,     s = <g_1, g_2> / (|g_1| |g_2|)
 
-Each task has rows of its own in the head, fitted on the features at these weights, so that a gradient says what the
-task asks of the features. Gradients taken at different weights, each task's at its own, are no comparison: arXiv
+The rows of the head are fitted on the features at these weights, so that a gradient says what the task asks of the
+features: to each task its own, or to both tasks together, which makes the point common in the rows too and lets classes
+that the tasks share be seen. Gradients taken at different weights, each task's at its own, are no comparison: arXiv
 2602.20796 leaves open where its are taken.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal
 from zlib import crc32
 
@@ -17,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from forgetcast.checks import require_choice, require_finite
+from forgetcast.checks import complaint, require_choice, require_finite
 from forgetcast.forecast.network.modules import Modules
 from forgetcast.forecast.network.placed import place_rows
 from forgetcast.methods.base import Model, TaskData
@@ -27,6 +29,41 @@ Metric = Literal["cosine", "preconditioned", "signs"]
 METRICS: tuple[Metric, ...] = ("cosine", "preconditioned", "signs")
 RIDGE, ITERATIONS = 1e-2, 50
 Values = dict[str, Tensor]
+Labelled = tuple[Tensor, Int[Tensor, " _"]]
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows of a head.
+
+    Attributes:
+        head: one output a class.
+        classes: (C,) their outputs, rising.
+    """
+
+    head: nn.Linear
+    classes: Int[Tensor, " C"]
+
+    def of(self, labels: Int[Tensor, " n"]) -> tuple[nn.Linear, Int[Tensor, " n"]]:
+        """The rows of the labels' own classes alone, and which of them each label is.
+
+        Raises:
+            ValueError: labels without a row.
+        """
+        own, places = torch.unique(labels, return_inverse=True)
+        missing = own[~torch.isin(own, self.classes)]
+        if len(missing):
+            raise complaint(
+                f"labels {missing.tolist()} with rows of {self.classes.tolist()}",
+                "rows of every label",
+                "Fit the rows to these samples too.",
+            )
+        kept = torch.searchsorted(self.classes, own)
+        head = _blank(self.head.in_features, len(own), self.head.weight)
+        with torch.no_grad():
+            head.weight.copy_(self.head.weight[kept])
+            head.bias.copy_(self.head.bias[kept])
+        return head.requires_grad_(False), places
 
 
 def drawn(task: TaskData, most: int) -> tuple[Tensor, Int[Tensor, " n"]]:
@@ -70,12 +107,39 @@ def standing_at(network: nn.Module, point: Mapping[str, Tensor]) -> Iterator[Non
                 now[name].copy_(value)
 
 
+def fitted_rows(model: Model, *tasks: Labelled, batch_size: int = 64) -> Rows:
+    """Rows fitted to all samples of the tasks together, on the features of the model as it is.
+
+    Args:
+        model: in evaluation mode throughout.
+        *tasks: inputs and their outputs.
+        batch_size: samples a batch.
+
+    Raises:
+        ValueError: features that are not finite.
+
+    Cost: one pass forward.
+    """
+    labels = torch.cat([own for _, own in tasks])
+    with evaluating(model), torch.no_grad():
+        phi = torch.cat(
+            [model.features(some).float() for inputs, _ in tasks for some in torch.split(inputs, batch_size)]
+        )
+    require_finite("features", phi)
+    classes, places = torch.unique(labels, return_inverse=True)
+    head = _blank(phi.shape[1], len(classes), phi)
+    if len(classes) > 1:
+        place_rows(head, phi, places, range(len(classes)), iterations=ITERATIONS, ridge=RIDGE)
+    return Rows(head, classes)
+
+
 def task_gradient(
     model: Model,
     inputs: Tensor,
     labels: Int[Tensor, " n"],
     modules: Modules,
     *,
+    rows: Rows | None = None,
     metric: Metric = "cosine",
     batch_size: int = 64,
     sketch: int | None = None,
@@ -87,6 +151,7 @@ def task_gradient(
         inputs: of the task.
         labels: their outputs.
         modules: of the backbone's parameters.
+        rows: of the head, by default fitted to these samples. The loss is over the classes of the labels.
         metric: "cosine", the mean gradient; "preconditioned", divided by the root of its mean square over the batches,
             as Adam does; "signs", its signs.
         batch_size: samples a batch.
@@ -97,9 +162,9 @@ def task_gradient(
         A vector for each module; zeros where the task has one class.
 
     Raises:
-        ValueError: gradients that are not finite.
+        ValueError: features or gradients that are not finite, labels without rows.
 
-    Cost: two passes forward and one backward.
+    Cost: two passes forward and one backward; one forward with `rows`.
     """
     require_choice("metric", metric, METRICS)
     named = dict(model.backbone.named_parameters())
@@ -113,7 +178,7 @@ def task_gradient(
         for parameter in wanted:
             parameter.requires_grad_(True)
         with evaluating(model):
-            head, places = _own_head(model, batches, labels)
+            head, places = (rows or fitted_rows(model, (inputs, labels), batch_size=batch_size)).of(labels)
             for some, place in zip(batches, torch.split(places, batch_size), strict=True):
                 with torch.enable_grad():
                     loss = cross_entropy(head(model.features(some[0]).float()), place)
@@ -184,19 +249,6 @@ def probe_error(model: Model, inputs: Tensor, labels: Int[Tensor, " n"], batch_s
     head = _blank(phi.shape[1], len(classes), phi)
     place_rows(head, phi[fitted], places[fitted], range(len(classes)), iterations=ITERATIONS, ridge=RIDGE)
     return float((head(phi[asked]).argmax(1) != places[asked]).double().mean()), chance
-
-
-def _own_head(
-    model: Model, batches: Sequence[tuple[Tensor, Tensor]], labels: Int[Tensor, " n"]
-) -> tuple[nn.Linear, Int[Tensor, " n"]]:
-    with torch.no_grad():
-        phi = torch.cat([model.features(some).float() for some, _ in batches])
-    require_finite("features", phi)
-    classes, places = torch.unique(labels, return_inverse=True)
-    head = _blank(phi.shape[1], len(classes), phi)
-    if len(classes) > 1:
-        place_rows(head, phi, places, range(len(classes)), iterations=ITERATIONS, ridge=RIDGE)
-    return head.requires_grad_(False), places
 
 
 def _blank(width: int, classes: int, like: Tensor) -> nn.Linear:
