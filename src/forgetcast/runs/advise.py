@@ -29,7 +29,8 @@ DEFINITIONS = {
     "drop": OF_FORECASTS["drop"],
     "new_accuracy": "Share of samples of the new task answered right, as the scenario lets a prediction choose: of its "
     "validation samples if it has some, else of a draw of those that it trains on.",
-    "score": "Old and new accuracy weighted by the tasks' numbers of classes, so that every class counts alike.",
+    "score": "Old and new accuracy weighted by the tasks' numbers of classes, so that every class counts alike; "
+    "smoothed, a sample near the boundary counts as part right.",
     "share_of_run": OF_FORECASTS["share_of_run"],
 }
 

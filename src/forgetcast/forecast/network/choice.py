@@ -20,7 +20,7 @@ class Point:
         old_accuracy: forecast accuracy of the old samples.
         drop: accuracy of the old samples now - `old_accuracy`.
         new_accuracy: forecast accuracy of new samples.
-        score: `old_weight * old_accuracy + (1 - old_weight) * new_accuracy`.
+        score: old and new accuracy, smoothed, weighted by `old_weight` and the rest.
         share_of_run: what its forecast cost, relative to its training.
         trusted: whether its forecast expects of itself that it can be trusted.
         reason: why, in words.

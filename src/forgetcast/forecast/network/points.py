@@ -29,6 +29,27 @@ READING_SHARE = 1 / 2
 """Of a candidate's budget: what reading new samples may take, if there are enough of them; what all readings may."""
 
 
+def smoothed_accuracy(margins: Float[Tensor, " n"]) -> float:
+    r"""Share of margins above 0, as the integral of a kernel density estimate of them.
+
+        mean_i Phi(m_i / h),     h = 1.06 std(m) n^(-1/3)
+
+    A sample near the boundary counts as part right and part wrong. Of two models that answer alike but for a few
+    samples this tells the better one from fewer samples than counting does; the rate n^(-1/3) is that of the least
+    squared error of an estimated distribution function.
+
+    Args:
+        margins: (n,) logit of the label minus the largest other; infinite where there is no other.
+
+    Source: Azzalini 1981, Biometrika 68.
+    """
+    finite = margins[torch.isfinite(margins)].double()
+    width = 1.06 * float(finite.std(correction=0)) * len(margins) ** (-1 / 3) if len(finite) > 1 else 0.0
+    if width <= 0:
+        return float((margins > 0).double().mean())
+    return float(torch.special.ndtr(margins.double() / width).mean())
+
+
 @dataclass(frozen=True, eq=False)
 class Probe:
     """Samples whose accuracy is read at every point.
@@ -47,8 +68,17 @@ class Probe:
 
     def accuracy(self, logits: Float[Tensor, "n C"]) -> float:
         """Share of answers that are right."""
-        best = logits.masked_fill(~self.allowed.to(logits.device), -torch.inf).argmax(1)
+        best = self._possible(logits).argmax(1)
         return float((best == self.labels.to(best.device)).double().mean())
+
+    def smoothed(self, logits: Float[Tensor, "n C"]) -> float:
+        """`smoothed_accuracy` of the margins."""
+        possible, labels = self._possible(logits), self.labels.to(logits.device)[:, None]
+        own = possible.gather(1, labels)[:, 0]
+        return smoothed_accuracy(own - possible.scatter(1, labels, -torch.inf).amax(1))
+
+    def _possible(self, logits: Float[Tensor, "n C"]) -> Float[Tensor, "n C"]:
+        return logits.masked_fill(~self.allowed.to(logits.device), -torch.inf)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,9 +138,10 @@ class Judge:
             else:
                 logits = _logits(net, self.old, place, moves)
                 read["old"] += moves * len(self.old.labels)
-            kept, reached = self.old.accuracy(logits), self.new.accuracy(_logits(net, self.new, place, moves))
+            new = _logits(net, self.new, place, moves)
             read["new"] += moves * len(self.new.labels)
-            accuracies.append((length, kept, reached))
+            score = old_weight * self.old.smoothed(logits) + (1 - old_weight) * self.new.smoothed(new)
+            accuracies.append((length, self.old.accuracy(logits), self.new.accuracy(new), score))
         share = found.share_of_run + (FORWARD * sum(read.values()) / self.run if self.run else 0.0)
         points = [
             Point(
@@ -120,12 +151,12 @@ class Judge:
                 kept,
                 self.accuracy_before - kept,
                 reached,
-                old_weight * kept + (1 - old_weight) * reached,
+                score,
                 share,
                 found.trust.trusted,
                 found.trust.reason,
             )
-            for length, kept, reached in accuracies
+            for length, kept, reached, score in accuracies
         ]
         return points, read
 
