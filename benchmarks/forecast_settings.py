@@ -18,6 +18,7 @@ TEXTS_AN_INTENT = 60
 FIRST_TEXT_LAYER = 3
 FIRST_IMAGE_BLOCK = 10
 IMAGES_A_CLASS = 150
+TEST_IMAGES_A_CLASS = 12
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +122,7 @@ def first_of_each(pairs: list[tuple[str, int]], most: int) -> list[tuple[str, in
     return kept
 
 
-def text_data(folder: Path) -> Data:
+def text_data(folder: Path, first: int = FIRST_TEXT_LAYER, texts: int = TEXTS_AN_INTENT) -> Data:
     from transformers import AutoModel, AutoTokenizer
 
     load = shared(folder)
@@ -130,12 +131,12 @@ def text_data(folder: Path) -> Data:
     place = {name: k for k, name in enumerate(names)}
     tokenizer = AutoTokenizer.from_pretrained(load.minilm_directory())
     lower = AutoModel.from_pretrained(load.minilm_directory())
-    lower.encoder.layer = lower.encoder.layer[:FIRST_TEXT_LAYER]
+    lower.encoder.layer = lower.encoder.layer[:first]
     lower.eval()
     found = []
     for split in ("train", "test"):
         pairs = [(text, place[name]) for text, name in splits[split] if name in place]
-        pairs = first_of_each(pairs, TEXTS_AN_INTENT)
+        pairs = first_of_each(pairs, texts)
         read = tokenizer(
             [text for text, _ in pairs],
             padding="max_length",
@@ -156,18 +157,20 @@ def text_data(folder: Path) -> Data:
     return Data(*found, groups)
 
 
-def text_model(folder: Path, seed: int) -> nn.Module:
+def text_model(folder: Path, seed: int, first: int = FIRST_TEXT_LAYER) -> nn.Module:
     from peft import LoraConfig, inject_adapter_in_model
     from transformers import AutoModel
 
     torch.manual_seed(seed)
     model = AutoModel.from_pretrained(shared(folder).minilm_directory()).requires_grad_(False)
-    model.encoder.layer = model.encoder.layer[FIRST_TEXT_LAYER:]
+    model.encoder.layer = model.encoder.layer[first:]
     lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["query", "value"])
     return UpperText(inject_adapter_in_model(lora, model).encoder, 384, 150)
 
 
-def image_data(folder: Path) -> Data:
+def image_data(
+    folder: Path, first: int = FIRST_IMAGE_BLOCK, train: int = IMAGES_A_CLASS, test: int = TEST_IMAGES_A_CLASS
+) -> Data:
     load = shared(folder)
     from deit_tiny import MEAN, STD, deit_tiny
 
@@ -186,27 +189,27 @@ def image_data(folder: Path) -> Data:
                 n = len(pixels)
                 patches = pixels.reshape(n, 3, 7, 16, 7, 16).permute(0, 2, 4, 1, 3, 5).reshape(n, 49, 768)
                 states = torch.cat([whole.cls_token.expand(n, 1, 192), whole.patch_embed(patches) + position], 1)
-                for block in whole.blocks[:FIRST_IMAGE_BLOCK]:
+                for block in whole.blocks[:first]:
                     states = block(states)
                 parts.append(states)
         return torch.cat(parts)
 
     found: list[Any] = []
-    for split, per_class in (("train", IMAGES_A_CLASS), ("test", 12)):
+    for split, per_class in (("train", train), ("test", test)):
         images, labels = load.cifar100(split)
         kept = np.concatenate([np.flatnonzero(labels == label)[:per_class] for label in range(100)])
         found += [(lower(images[kept]),), torch.from_numpy(labels[kept])]
     return Data(*found, [list(range(10 * k, 10 * k + 10)) for k in range(10)])
 
 
-def image_model(tune: Callable[[nn.Module], None]) -> Callable[[Path, int], nn.Module]:
+def image_model(tune: Callable[[nn.Module], None], first: int = FIRST_IMAGE_BLOCK) -> Callable[[Path, int], nn.Module]:
     def build(folder: Path, seed: int) -> nn.Module:
         shared(folder)
         from deit_tiny import deit_tiny
 
         torch.manual_seed(seed)
         whole = deit_tiny().requires_grad_(False)
-        model = UpperImage(whole.blocks[FIRST_IMAGE_BLOCK:], whole.norm, 100)
+        model = UpperImage(whole.blocks[first:], whole.norm, 100)
         tune(model)
         return model
 

@@ -4,7 +4,6 @@ Writes docs/magnitude_results.md. DATA is the folder of the shared data sets. Ru
 each. What benchmarks/results/magnitude.json holds with the same settings is not run again.
 """
 
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -20,6 +19,7 @@ from benchmarks.machine import RESULTS, floor
 from benchmarks.magnitude_results_page import page
 from benchmarks.magnitude_streams import SETTINGS, WIDTH, NineBlocks
 from benchmarks.method_runs import Store
+from benchmarks.tables import arguments_of
 from forgetcast.heads.linear import Linear
 from forgetcast.learn.loop import learn
 from forgetcast.learn.optimizer import Optimization
@@ -109,12 +109,7 @@ def measure(store: Store, folder: Path, settings: Sequence[str], workers: int) -
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="folder of the shared data sets")
-    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
-    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
-    parser.add_argument("--page", action="store_true", help="measure nothing, write the page from what is there")
-    arguments = parser.parse_args()
+    arguments = arguments_of(__doc__, list(SETTINGS)).parse_args()
     measurements = Store(RESULTS / "magnitude.json")
     if not arguments.page:
         measure(measurements, arguments.data, arguments.settings, arguments.workers)

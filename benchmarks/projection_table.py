@@ -4,7 +4,6 @@ DATA is the folder of the shared data sets. Runs go to worker processes of one t
 benchmarks/results/projection.json holds with the same settings is not run again: an interrupted table goes on.
 """
 
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -23,6 +22,7 @@ from benchmarks.projection_page import page
 from benchmarks.projection_reading import reading
 from benchmarks.projection_runs import TUNERS, Learner, Run, Table, cost_of_clip, measured
 from benchmarks.projection_settings import SETTINGS, Cached
+from benchmarks.tables import arguments_of
 
 SEEDS = (0, 1, 2)
 TUNING_SEED = 100
@@ -155,12 +155,7 @@ def measure(store: Store, folder: Path, settings: Sequence[str], workers: int) -
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path, help="folder of the shared data sets")
-    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
-    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
-    parser.add_argument("--page", action="store_true", help="measure nothing, write the page from what is there")
-    arguments = parser.parse_args()
+    arguments = arguments_of(__doc__, list(SETTINGS)).parse_args()
     measurements = Store(RESULTS / "projection.json")
     if not arguments.page:
         measure(measurements, arguments.data, arguments.settings, arguments.workers)
