@@ -115,9 +115,9 @@ def _summary(rows: Sequence[Table], fixed: int) -> list[str]:
     losses = _losses(rows)
     return [
         f"- The advised choice is within 1 point of the search's best in {sum(one <= 1 for one in lost)} of "
-        f"{len(rows)} transitions; it loses {fmean(lost):.2f} on average, at most {max(lost):.1f} points. The best fixed choice "
-        f"({_named(rows[0]['points'][fixed])}) loses {_loses(rows, fixed):.2f}, training all of it the whole way "
-        f"{_loses(rows, -1):.2f}, the head alone {_loses(rows, _head(rows[0])):.2f}.",
+        f"{len(rows)} transitions; it loses {fmean(lost):.2f} on average, at most {max(lost):.1f} points. The best "
+        f"fixed choice ({_named(rows[0]['points'][fixed])}) loses {_loses(rows, fixed):.2f}, training all of it the "
+        f"whole way {_loses(rows, -1):.2f}, the head alone {_loses(rows, _head(rows[0])):.2f}.",
         f"- A choice at random is within 1 point of the search's best in {fmean(loss <= 1 for loss in losses):.0%}, "
         f"and loses {fmean(losses):.2f} on average.",
     ]
