@@ -40,8 +40,8 @@ SEEDS = (0, 1)
 RATES = (1e-3, 3e-3)
 TRANSITIONS = 3
 LENGTHS = (0.5, 1.0)
-BUDGET = 0.15
-OLD = 300
+BUDGET = 0.18
+OLD = 250
 TEXTS, MORE_TEXTS = 60, 10
 IMAGES, MORE_IMAGES, TEST_IMAGES = 150, 15, 60
 """Samples a class: that train, that are for validation, and of the test."""

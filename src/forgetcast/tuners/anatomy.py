@@ -23,6 +23,17 @@ NORMS = (
     "ln_attn",
 )
 """Normalisations before attention; those behind it have other names."""
+MIDDLES = (
+    "layernorm_after",
+    "norm2",
+    "layer_norm2",
+    "ln_2",
+    "post_attention_layernorm",
+    "final_layer_norm",
+    "ffn_norm",
+    "ln_mlp",
+)
+"""Normalisations before the feed-forward network of blocks that also have one before attention."""
 FUSED = ("qkv", "query_key_value", "c_attn", "qkv_proj", "Wqkv")
 
 
@@ -38,6 +49,7 @@ class Block:
         fused: one projection to all three.
         attention: the module that holds them.
         norm: the normalisation before it; None where there is none.
+        middle: the normalisation between attention and the feed-forward network; None where the block has no norm.
         enter: the first module of the feed-forward network: it gets the input of the network.
         leave: its last module: it returns the output.
     """
@@ -51,6 +63,7 @@ class Block:
     fused: str | None = None
     attention: str | None = None
     norm: str | None = None
+    middle: str | None = None
 
 
 @dataclass(frozen=True)
@@ -159,6 +172,10 @@ def _block(name: str, block: nn.Module) -> Block:
         found = [place for place in inside if place.rsplit(".", 1)[-1] in names]
         return f"{name}.{found[0]}" if found else None
 
+    norm, middle = (
+        next((f"{name}.{child}" for child, _ in block.named_children() if child in names), None)
+        for names in (NORMS, MIDDLES)
+    )
     return Block(
         name,
         f"{name}.{outside[0]}",
@@ -168,7 +185,8 @@ def _block(name: str, block: nn.Module) -> Block:
         named(VALUES),
         named(FUSED),
         f"{name}.{attentions[0]}",
-        next((f"{name}.{child}" for child, _ in block.named_children() if child in NORMS), None),
+        norm,
+        middle if norm else None,
     )
 
 
