@@ -28,12 +28,15 @@ PART = "adapter"
 
 
 class Bottleneck(Part):
-    """`s U act(D x)`, from width d to width d'."""
+    """`s U act(D x)`, from width d to width d', with dropout of the activations if any."""
 
-    def __init__(self, width: int, out: int, rank: int, activation: str, scale: float, bias: bool) -> None:
+    def __init__(
+        self, width: int, out: int, rank: int, activation: str, scale: float, bias: bool, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.down = nn.Linear(width, rank, bias=bias)
-        self.activation = ACTIVATIONS[activation]()
+        activated = ACTIVATIONS[activation]()
+        self.activation = nn.Sequential(activated, nn.Dropout(dropout)) if dropout else activated
         self.up = nn.Linear(rank, out, bias=bias)
         self.scale = scale
         nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
