@@ -10,11 +10,13 @@ from forgetcast.heads.discriminant import LinearDiscriminant, Mahalanobis
 from forgetcast.heads.linear import Linear
 from forgetcast.heads.prototype import Prototype
 from forgetcast.heads.ridge import RecursiveRidge
+from forgetcast.heads.sectioned import Sectioned
 
 WIDTH = 6
 STREAMED = {
     "ncm": lambda outputs=0: Prototype(WIDTH, outputs, metric="euclidean"),
     "cosine": lambda outputs=0: Prototype(WIDTH, outputs, metric="cosine"),
+    "sectioned": lambda outputs=0: Sectioned(WIDTH, outputs, weights=(0.3, 0.1)),
     "ridge": lambda outputs=0: RecursiveRidge(WIDTH, outputs, penalty=0.1),
     "ridge_grid": lambda outputs=0: RecursiveRidge(WIDTH, outputs, penalty=(0.01, 1.0, 100.0)),
     "slda": lambda outputs=0: LinearDiscriminant(WIDTH, outputs, shrinkage=0.1, priors=True),
