@@ -24,6 +24,7 @@ SMALL = {
     "ranpac": {"size": 200},
     "replay": {"capacity": 40},
     "pegp": {"threshold": 0.6},
+    "ntk_cl": {"prompts": 2, "rank": 4},
     "advised": {"budget": 1.0, "lengths": (0.5, 1.0), "capacity": 40},
 }
 CASES = (*METHODS, *(f"{name} after a first session" for name in ("ranpac", "simplecil")))

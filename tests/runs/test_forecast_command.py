@@ -17,7 +17,7 @@ from forgetcast.forecast.network import trust
 from forgetcast.forecast.result import share_right
 from forgetcast.learn.checkpoint import checkpoints
 from forgetcast.methods.base import Batch, TaskData
-from forgetcast.methods.registry import METHODS, create, method_class, needs_tuner
+from forgetcast.methods.registry import METHODS, create, method_class, needs_blocks, needs_tuner
 from forgetcast.runs.assembly import assemble
 from forgetcast.runs.execute import execute
 from forgetcast.runs.forecast import forecast_recipe
@@ -198,7 +198,10 @@ def test_what_else_acts_in_the_steps_of_a_pretrained_backbone_is_left_out(vit, b
     assert frozen["calibration"]["one_minus_cosine"] < 1e-5
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if method_class(name).by_gradient])
+BY_GRADIENT = [name for name in METHODS if method_class(name).by_gradient and not needs_blocks(name)]
+
+
+@pytest.mark.parametrize("name", BY_GRADIENT)
 def test_methods_say_rightly_what_their_plain_loss_is(name):
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Linear(6, 5), nn.ReLU())

@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -70,7 +71,7 @@ def written_out(x: torch.Tensor, model: FusedModel, kind: str, parts: nn.ModuleL
         if kind == "added":
             x = x + block.mlp(block.norm2(x)) + parts[k](x)
         elif kind == "read":
-            own = parts[k].norm((parts[k].mix.weight @ x) + parts[k].mix.bias[:, None])
+            own = parts[k].norm(parts[k].mix.weight @ x)
             prompts = own if prompts is None else own + 0.1 * prompts
             unit = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
             x = x + parts[k].gate * ((unit @ prompts.mT / WIDTH**0.5).softmax(-1) @ prompts)
@@ -98,7 +99,7 @@ def begun(kind: str, parts: nn.ModuleList) -> Pass:
 def parts_of(kind: str) -> nn.ModuleList:
     if kind == "added":
         return adapters()
-    make = Gated if kind == "read" else Generator
+    make = Gated if kind == "read" else partial(Generator, zero=True)
     return nn.ModuleList(make(TOKENS, LENGTH, WIDTH) for _ in range(2))
 
 
@@ -147,7 +148,8 @@ def test_at_the_start_nothing_changes_and_after_a_step_everything_trains(name, k
         (found - goal).square().mean().backward()
         if step == 0:
             optimizer.step()
-    assert all(bool((parameter.grad != 0).any()) for parameter in parts.parameters())
+    sizes = [parameter.grad.norm().item() for parameter in parts.parameters()]
+    assert min(sizes) > 1e-5 * max(sizes)  # and not what rounding leaves of a zero
 
 
 def test_released_prompts_train_nothing_but_the_bias_of_their_normalisation():

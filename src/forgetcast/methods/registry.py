@@ -29,6 +29,7 @@ METHODS: dict[str, str] = {
     "replay": "forgetcast.methods.replay:ExperienceReplay",
     "der": "forgetcast.methods.der:DER",
     "der++": "forgetcast.methods.der:DERPlusPlus",
+    "ntk_cl": "forgetcast.methods.ntk_cl:NTKCL",
     "icarl": "forgetcast.methods.icarl:ICaRL",
     "slca": "forgetcast.methods.slca:SLCA",
     "ncm": "forgetcast.methods.ncm:NCM",
@@ -72,6 +73,15 @@ def needs_tuner(name: str) -> bool:
         ValueError: an unknown name.
     """
     return bool(getattr(method_class(name), "needs_tuner", False))
+
+
+def needs_blocks(name: str) -> bool:
+    """Whether the method of this name puts parts of its own into the blocks of a transformer.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    return bool(getattr(method_class(name), "needs_blocks", False))
 
 
 def create(name: str, backbone: nn.Module, width: int, **options: Any) -> Method:

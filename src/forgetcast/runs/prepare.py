@@ -16,6 +16,7 @@ from forgetcast.backbones.pretrained import Pretrained
 from forgetcast.backbones.trainable import choose_trainable
 from forgetcast.backbones.weights import weights_hash
 from forgetcast.checks import complaint
+from forgetcast.methods.registry import needs_blocks
 from forgetcast.protect.parameters import evaluating
 from forgetcast.runs.inputs import inputs_of
 from forgetcast.runs.recipe import Recipe
@@ -92,7 +93,7 @@ def prepare(
         network = plain if pretrained is None else pretrained.network
         if recipe.model.tuner is not None:
             recipe.model.tuner.made().attach(network)
-        elif recipe.model.kind != "identity":
+        elif recipe.model.kind != "identity" and not needs_blocks(recipe.method.name):
             module = choose_trainable(module, network, recipe.trainable, sample)
         return Prepared(module, width, inputs.read, inputs.read_training, weights, 0, about)
     computed, started = 0, monotonic()

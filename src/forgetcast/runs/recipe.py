@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_args
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from forgetcast.checks import complaint
-from forgetcast.methods.registry import needs_tuner, takes_steps
+from forgetcast.methods.registry import needs_blocks, needs_tuner, takes_steps
 from forgetcast.runs.data import Data
 from forgetcast.runs.expected import Expectation
 from forgetcast.runs.keys import did_you_mean, parse_assignment, parse_yaml
@@ -57,7 +57,8 @@ class Recipe(Section):
         """Whether features are computed once and kept on disk."""
         if self.model.cache is not None:
             return self.model.cache
-        return self.model.kind in PRETRAINED and self.trainable == "none" and not self.preprocessing.augments
+        frozen = self.trainable == "none" and not needs_blocks(self.method.name)
+        return self.model.kind in PRETRAINED and frozen and not self.preprocessing.augments
 
     @model_validator(mode="after")
     def _possible(self) -> "Recipe":
@@ -82,6 +83,15 @@ class Recipe(Section):
                 "a pretrained backbone with a tuner",
                 "Add model.tuner, for example {kind: lora, rank: 4}; or choose another method.",
             )
+        if needs_blocks(self.method.name):
+            parts = f"{self.method.name} puts parts of its own into the blocks of a frozen backbone"
+            self.model.refuse_set("model", ("trainable", "tuner", "cache"), parts)
+            if self.model.kind not in PRETRAINED:
+                raise complaint(
+                    f"got method.name={self.method.name!r} with model.backbone={self.model.backbone!r}",
+                    "a pretrained transformer",
+                    "Set model.backbone, for example hf:google/vit-base-patch16-224.",
+                )
         if self.cached and self.trainable != "none":
             self.model.refuse_set("model", ("cache",), "the features change while the backbone trains")
         if self.cached and self.preprocessing.augments:

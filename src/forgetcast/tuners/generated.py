@@ -32,16 +32,16 @@ class Generator(nn.Module):
         tokens: t.
         length: p.
         width: d.
-        zero: whether all starts at zero, as released, instead of orthogonal rows and a plain normalisation.
+        zero: whether all starts at zero, with a bias over places, as released, instead of orthogonal rows and a plain
+            normalisation.
     """
 
     def __init__(self, tokens: int, length: int, width: int, zero: bool = False) -> None:
         super().__init__()
-        self.mix = nn.Linear(tokens, length)
+        self.mix = nn.Linear(tokens, length, bias=zero)  # which the normalisation takes off again
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        nn.init.zeros_(self.mix.bias)
         if zero:
-            for value in (self.mix.weight, self.norm.weight, self.norm.bias):
+            for value in (*self.mix.parameters(), *self.norm.parameters()):
                 nn.init.zeros_(value)
         else:
             nn.init.orthogonal_(self.mix.weight)

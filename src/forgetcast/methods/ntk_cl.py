@@ -1,0 +1,321 @@
+r"""NTK-CL: three features of each sample, running means of what made them, and a classifier of class means by section.
+
+    features     z_a adapters, z_p prompts, z_f both fused; each [pretrained (optional), averaged, current] wide
+    loss         CE(z_a) + CE(z_p) + CE(z_f) over the task's classes, of sigma cos(z, w_c); sigma and w_c anew each task
+                 + contrast L_c(z_f) + orthogonality L_o(z_a, z_p) + drift sum |W - W_before|^2
+    after it     the running mean takes the current parts in; class means of z_f
+    answer       argmax_c sum_s m_s cos(z_{f,s}, mean_{c,s})
+
+The recipe "released" does what the authors' code does, the recipe "corrected" what the paper says; each way can be
+chosen alone (docs/ntk_cl.md).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from forgetcast.checks import complaint, require_choice, require_integer, require_number
+from forgetcast.heads.cosine import Cosine
+from forgetcast.heads.fusion import OneToken, SectionAttention
+from forgetcast.heads.sectioned import Sectioned
+from forgetcast.methods.base import Batch, Method, Model, State, TaskData
+from forgetcast.protect.contrast import pooled_infonce, supervised_infonce
+from forgetcast.protect.orthogonal import leading_basis, old_basis, overlap, signed_complement
+from forgetcast.protect.parameters import evaluating
+from forgetcast.protect.processes import of_whole_batch, own_rows
+from forgetcast.tuners.adapter import Bottleneck
+from forgetcast.tuners.anatomy import Anatomy, anatomy
+from forgetcast.tuners.generated import Added, Gated, Generator, Inserted, Read
+from forgetcast.tuners.sections import Branch, Sections, tokens_of, width_of
+
+Way = Literal["corrected", "released"]
+WAYS: tuple[Way, ...] = ("corrected", "released")
+
+
+@dataclass(frozen=True)
+class Ways:
+    """Of each part, the corrected way or the released one.
+
+    Attributes:
+        prompts: read through gates, or inserted as constants.
+        fusion: attention among sections, or of one token to itself.
+        contrast: pulls a class together and away from old means, or pushes it apart.
+        orthogonality: falls with the energy in the span of old means, or with the signed sum of what is outside.
+        averaging: averaged adapters without dropout and the last task in the mean, or with it and without the task.
+    """
+
+    prompts: Way = "corrected"
+    fusion: Way = "corrected"
+    contrast: Way = "corrected"
+    orthogonality: Way = "corrected"
+    averaging: Way = "corrected"
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            require_choice(one.name, getattr(self, one.name), WAYS)
+
+
+class Network(nn.Module):
+    """Fused sections side by side, as features; made when the number of tokens is known.
+
+    Args:
+        backbone: a transformer that normalises before attention and feed-forward network.
+        parts: where its blocks are.
+    """
+
+    def __init__(self, backbone: nn.Module, parts: Anatomy, make: Any) -> None:
+        super().__init__()
+        self.backbone: nn.Module | None = backbone.requires_grad_(False)
+        self.parts, self.make = parts, make
+        self.tokens = 0
+        self.sections: Sections | None = None
+        self.fusion: nn.Module | None = None
+        self.proxy: Cosine | None = None
+
+    def build(self, tokens: int) -> None:
+        """Put the branches in."""
+        assert self.backbone is not None
+        device = next(self.backbone.parameters()).device
+        sections, fusion = self.make(self.backbone, tokens)
+        self.tokens, self.backbone = tokens, None
+        self.sections, self.fusion = sections.to(device), fusion.to(device)
+        self.train(self.training)
+
+    def propose(self, classes: int) -> None:
+        """New proxies for the classes of a task."""
+        assert self.sections is not None
+        width = self.sections.count * self.sections.width
+        proxy = Cosine(width, classes, scale=1.0)
+        nn.init.uniform_(proxy.weight, -(width**-0.5), width**-0.5)
+        self.proxy = proxy.to(next(self.sections.parameters()).device)
+
+    def forward(self, inputs: Tensor) -> Float[Tensor, "n D"]:
+        """The fused feature (n, S d)."""
+        return self.three(inputs)[2]
+
+    def three(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of the adapters, of the prompts, and of both fused, (n, S d) each."""
+        if self.sections is None or self.fusion is None:
+            raise complaint("a network that has not seen a task", "begin_task first", "Learn a task.")
+        sections = self.sections(inputs)
+        fused = self.fusion(sections)
+        return sections[:, 0].flatten(1), sections[:, 1].flatten(1), fused.flatten(1)
+
+
+class NTKCL(Method):
+    """NTK-CL on a transformer.
+
+    Args:
+        backbone: a frozen transformer that normalises before attention and before its feed-forward networks.
+        width: of its features.
+        recipe: "corrected", or "released" as the authors' code.
+        ways: by part, where it is to be done otherwise than the recipe says: `Ways`.
+        prompts: p, made in each block.
+        rank: of the adapters' bottlenecks.
+        dropout: in them.
+        scale: of adapters, and of the prompts of the block before.
+        pretrained: whether there is a section without adapters and prompts.
+        section_weights: m, in the order of sections; by default (1, 0.3, 0.1), or (0.3, 0.1) without the first.
+        fusion_rank: of the corrected fusion.
+        contrast: weight of its term.
+        orthogonality: weight of its term; by default 1e-4 for the released form, 0.1 for the corrected one.
+        drift: weight of its term.
+        decay: of an exponential running mean; None for the uniform one.
+        tasks: how many there will be, so that released averaging can leave out the last.
+        parts: where the blocks are; found by name.
+        seed: of which old means released contrast draws.
+
+    Cost: a step makes two passes forward and backward and two forward, one more with `pretrained`. Memory: the parts
+    three times (current, averaged, before), S d numbers a class.
+
+    Source: arXiv 2407.17120.
+    """
+
+    needs_blocks = True
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        width: int,
+        *,
+        recipe: Way = "corrected",
+        ways: Mapping[str, Way] | None = None,
+        prompts: int = 10,
+        rank: int = 16,
+        dropout: float = 0.1,
+        scale: float = 0.1,
+        pretrained: bool = False,
+        section_weights: Sequence[float] | None = None,
+        fusion_rank: int = 32,
+        contrast: float = 0.2,
+        orthogonality: float | None = None,
+        drift: float = 1e-3,
+        decay: float | None = None,
+        tasks: int | None = None,
+        parts: Anatomy | None = None,
+        seed: int = 0,
+    ) -> None:
+        require_choice("recipe", recipe, WAYS)
+        require_integer("prompts", prompts, least=1)
+        require_integer("rank", rank, least=1)
+        require_number("dropout", dropout, most=1.0)
+        require_number("scale", scale, strict=True)
+        for name, value in (("contrast", contrast), ("orthogonality", orthogonality), ("drift", drift)):
+            if value is not None:
+                require_number(name, value)
+        known = {one.name for one in fields(Ways)}
+        for name in ways or {}:
+            require_choice("a part of ways", name, sorted(known))
+        self.ways = replace(Ways(**dict.fromkeys(known, recipe)), **dict(ways or {}))
+        if self.ways.averaging == "released" and tasks is None:
+            raise complaint("released averaging without `tasks`", "how many tasks there will be", "Give tasks=10.")
+        weights = ((1.0,) if pretrained else ()) + (0.3, 0.1) if section_weights is None else tuple(section_weights)
+        parts = anatomy(backbone) if parts is None else parts
+        self.prompts, self.rank, self.dropout, self.scale = prompts, rank, dropout, scale
+        self.pretrained, self.fusion_rank = pretrained, fusion_rank
+        corrected = self.ways.orthogonality == "corrected"
+        self.contrast, self.drift = contrast, drift
+        self.orthogonality = (0.1 if corrected else 1e-4) if orthogonality is None else orthogonality
+        self.decay, self.tasks = decay, tasks
+        self.generator = torch.Generator().manual_seed(seed)
+        self.before: dict[str, Tensor] = {}
+        self.known, self.means = 0, torch.zeros(0, width * len(weights))
+        self.basis: Tensor | None = None
+        self.skipped = 0
+        super().__init__(Model(Network(backbone, parts, self._made), Sectioned(width * len(weights), weights=weights)))
+
+    @property
+    def network(self) -> Network:
+        """What makes the features."""
+        found = self.model.backbone
+        assert isinstance(found, Network)
+        return found
+
+    def begin_task(self, task: TaskData) -> None:
+        """New proxies, and what the terms compare with."""
+        if self.network.backbone is not None:
+            inputs = next(iter(task.batches())).inputs
+            self.network.build(tokens_of(self.network.backbone, self.network.parts, inputs))
+        super().begin_task(task)
+        self.network.propose(len(task.classes))
+        self._compare(len(task.seen) - len(task.classes))
+        self.before = self.before or self._trained()
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The sum of all terms."""
+        proxy = self.network.proxy
+        assert proxy is not None
+        adapters, prompts, fused = self.network.three(batch.inputs)
+        places = torch.searchsorted(torch.tensor(self.classes, device=batch.labels.device), batch.labels)
+        total = sum((cross_entropy(proxy(z), places) for z in (adapters, prompts, fused)), start=fused.new_zeros(()))
+        now = self._trained(detached=False)
+        moved = (now[name] - value for name, value in self.before.items())
+        drift = sum((part.square().sum() for part in moved), start=total.new_zeros(()))
+        return (
+            total
+            + self.contrast * of_whole_batch(batch, fused, self._contrast)
+            + self.orthogonality * self._orthogonality(batch, adapters, prompts)
+            + self.drift * drift
+        )
+
+    def end_task(self, task: TaskData) -> None:
+        """Running means, then class means of the fused feature."""
+        sections = self.network.sections
+        assert sections is not None
+        if self.ways.averaging == "corrected" or task.index + 1 < (self.tasks or 0):
+            sections.fold(task.index, self.decay)
+        head = self.model.head
+        assert isinstance(head, Sectioned)
+        with torch.no_grad(), evaluating(self.model):
+            for batch in task.batches():
+                head.observe(self.model.features(batch.inputs), batch.labels)
+        head.solve()
+        self.before = self._trained()
+        super().end_task(task)
+
+    def predict(self, inputs: Tensor) -> Float[Tensor, "n C"]:
+        """Logits in evaluation mode."""
+        with torch.no_grad(), evaluating(self.model):
+            return super().predict(inputs)
+
+    def state_dict(self) -> State:
+        """That of every method, and what a fresh one needs to be of the same shape."""
+        network = self.network
+        own = {
+            "tokens": network.tokens,
+            "proxies": 0 if network.proxy is None else len(network.proxy.weight),
+            "before": dict(self.before),
+            "known": self.known,
+            "skipped": self.skipped,
+            "generator": self.generator.get_state(),
+        }
+        return {**super().state_dict(), **own}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+        if state["tokens"]:
+            self.network.build(state["tokens"])
+            self.network.propose(state["proxies"])
+        super().load_state_dict(state)
+        self.before, self.skipped = dict(state["before"]), state["skipped"]
+        self.generator.set_state(state["generator"].cpu())
+        self._compare(state["known"])
+
+    def _compare(self, known: int) -> None:
+        """Take note of the means of the first `known` outputs, which earlier tasks brought."""
+        head = self.model.head
+        assert isinstance(head, Sectioned)
+        self.known = known
+        self.means = head.means[:known].float()
+        if self.ways.orthogonality == "released":
+            blank = head.means.new_zeros(head.outputs - known, head.means.shape[1])
+            self.basis = leading_basis(torch.cat([self.means, blank.float()]))
+        else:
+            self.basis = old_basis(self.means)
+
+    def _contrast(self, fused: Tensor, labels: Tensor) -> Tensor:
+        if self.ways.contrast == "corrected":
+            term, anchors = supervised_infonce(fused, labels, self.means)
+            self.skipped += anchors == 0
+            return term
+        rows = torch.randperm(self.known, generator=self.generator)[: len(fused)].to(fused.device)
+        term, pairs = pooled_infonce(torch.cat([fused, self.means[rows]]), torch.cat([labels, rows]))
+        self.skipped += pairs == 0
+        return -term
+
+    def _orthogonality(self, batch: Batch, adapters: Tensor, prompts: Tensor) -> Tensor:
+        assert self.basis is not None
+        if self.ways.orthogonality == "corrected":
+            return overlap(adapters, self.basis) + overlap(prompts, self.basis)
+        total = signed_complement(adapters, self.basis) + signed_complement(prompts, self.basis)
+        return total if batch.rows is None else total * (batch.rows / max(own_rows(batch), 1))
+
+    def _trained(self, *, detached: bool = True) -> dict[str, Tensor]:
+        """What the drift term is about: weights of the current parts and of the fusion."""
+        named = self.network.named_parameters()
+        found = {name: value for name, value in named if value.requires_grad and not name.startswith("proxy.")}
+        found = {name: value for name, value in found.items() if name.endswith("weight")}
+        return {name: value.detach().clone() for name, value in found.items()} if detached else dict(found)
+
+    def _made(self, backbone: nn.Module, tokens: int) -> tuple[Sections, nn.Module]:
+        network, ways = self.network, self.ways
+        width, blocks = width_of(backbone, network.parts), len(network.parts.blocks)
+        adapter = partial(Bottleneck, width, width, self.rank, "relu", self.scale, True, self.dropout)
+        adapters = Branch(adapter, blocks, Added)
+        if ways.prompts == "corrected":
+            read = partial(Gated, tokens, self.prompts, width)
+            prompts = Branch(read, blocks, partial(Read, scale=self.scale))
+        else:
+            inserted = partial(Generator, tokens, self.prompts, width, zero=True)
+            prompts = Branch(inserted, blocks, partial(Inserted, length=self.prompts, scale=self.scale))
+        still = ways.averaging == "corrected"
+        sections = Sections(backbone, network.parts, (adapters, prompts), pretrained=self.pretrained, still=still)
+        if ways.fusion == "corrected":
+            return sections, SectionAttention(width, self.fusion_rank)
+        return sections, OneToken(width * sections.count)
