@@ -38,6 +38,7 @@ of training of a task after the first on one core, decisions included, on a mach
 METRICS = {"average": "last_accuracy", "own": "learning_accuracy", "forgetting": "first_minus_last"}
 EDGES = ("correlated", "cifar100", "corrupted")
 ORDER = ("correlated", "cifar100", "corrupted", "permuted")
+ROWS = {"own": "rows of the head fitted to each task", "joint": "rows fitted to both"}
 Table = Mapping[str, Any]
 
 
@@ -63,7 +64,7 @@ def page(result: Table) -> str:
             seconds = fmean(fmean(run["task_seconds"][1:]) for run in _runs(result, name, method))
             cells += [f"{_trained(result, name, method):.2f}", f"{seconds:.1f}"]
             lines.append(f"| {result['settings'][name]} | {method} | {' | '.join(cells)} |")
-    parts = [_adaptive(result, shown), _edges(result, shown), _similar(result, shown)]
+    parts = [_adaptive(result, shown), _edges(result, shown), _similar(result)]
     sentences = "\n".join(f"- {sentence}" for part in parts for sentence in part)
     return f"{head}\n\n" + "\n".join(lines) + f"\n\n## What it shows\n\n{sentences}\n"
 
@@ -73,12 +74,12 @@ def values(result: Table, setting: str, method: str, metric: str) -> list[float]
     return [100 * run["metrics"][METRICS[metric]] for run in _runs(result, setting, method)]
 
 
-def similarities(result: Table, setting: str, method: str) -> list[float]:
+def similarities(result: Table, setting: str, rows: str) -> list[float]:
     """Mean cosine of each task's gradient and that of the task before, one a seed."""
-    return [
-        fmean(one["cosine"] for one in run["decisions"] if one["cosine"] is not None)
-        for run in _runs(result, setting, method)
-    ]
+    place, found = result.get("similarities", {}), []
+    while (key := f"{setting} / {rows} / seed {len(found)}") in place:
+        found.append(place[key])
+    return found
 
 
 def _runs(result: Table, setting: str, method: str) -> list[Table]:
@@ -141,21 +142,24 @@ def _adaptives(result: Table) -> list[str]:
     return [name for name in result["methods"] if name.startswith("adaptive")]
 
 
-def _similar(result: Table, shown: list[str]) -> list[str]:
-    names = [name for name in ORDER if name in shown]
+def _similar(result: Table) -> list[str]:
     found = []
-    for method in _adaptives(result):
-        means = {name: similarities(result, name, method) for name in names}
+    for rows, told_as in ROWS.items():
+        every = {name: similarities(result, name, rows) for name in ORDER}
+        seeds = min(map(len, every.values()))
+        if not seeds:
+            continue
+        means = {name: own[:seeds] for name, own in every.items()}
         told = ", ".join(f"{name} {fmean(own):.2f} ({min(own):.2f} to {max(own):.2f})" for name, own in means.items())
-        steps = [fmean(means[first]) > fmean(means[second]) for first, second in pairwise(names)]
-        seeds = sum(
-            all(means[first][place] > means[second][place] for first, second in pairwise(names))
-            for place in range(len(means[names[0]]))
+        holds = all(fmean(means[first]) > fmean(means[second]) for first, second in pairwise(ORDER))
+        steps = ", ".join(
+            f"{first} > {second} in {sum(a > b for a, b in zip(means[first], means[second], strict=True))}"
+            for first, second in pairwise(ORDER)
         )
-        verdict = "holds" if all(steps) else "does not hold"
         found.append(
-            f"Mean cosine of the gradients of two tasks in a row, as seen by {method}: {told}. The order "
-            f"{' > '.join(names)} {verdict} for the means, and at {seeds} of {len(means[names[0]])} seeds."
+            f"Mean cosine of the gradients of two tasks in a row, {told_as}, over {seeds} seeds of classes and "
+            f"weights: {told}. The order {' > '.join(ORDER)} {'holds' if holds else 'does not hold'} for the means; "
+            f"seed by seed {steps} of {seeds}."
         )
     return found
 

@@ -25,7 +25,7 @@ from forgetcast.methods.base import Batch, Model, TaskData
 from forgetcast.protect.magnitude import FITTED_TO, FittedTo, SimilarModulesRest
 from forgetcast.streams.stream import Stream
 
-SEEDS = range(10)
+SEEDS = range(5)
 
 
 def batches(stream: Stream, places: np.ndarray):
@@ -63,7 +63,7 @@ if __name__ == "__main__":
     place = store.all.setdefault("similarities", {})
     wanted = [
         (name, rows, seed, arguments.data)
-        for seed, name, rows in product(SEEDS, arguments.settings, FITTED_TO)
+        for rows, seed, name in product(reversed(FITTED_TO), SEEDS, arguments.settings)
         if f"{name} / {rows} / seed {seed}" not in place and not arguments.page
     ]
     with get_context("spawn").Pool(arguments.workers) as pool:

@@ -75,6 +75,8 @@ class OneToken(nn.Module):
         adapters, prompts = sections.flatten(2).unbind(1)
         kept = dropout(adapters.new_ones(len(adapters), self.heads, 1), self.drop, self.training)
         attended = (kept * self.value(adapters).unflatten(1, (self.heads, -1))).flatten(1)
-        idle = sum(value.sum() for part in (self.query, self.key) for value in part.parameters())
+        idle = sum(
+            (value.sum() for part in (self.query, self.key) for value in part.parameters()), start=kept.new_zeros(())
+        )
         fused: Tensor = 0.5 * attended + adapters + 0.1 * prompts + 0 * idle  # so that decay acts on them
-        return fused.unflatten(1, sections.shape[2:])
+        return fused.reshape(sections[:, 0].shape)

@@ -176,6 +176,12 @@ class NTKCL(Method):
         if self.ways.averaging == "released" and tasks is None:
             raise complaint("released averaging without `tasks`", "how many tasks there will be", "Give tasks=10.")
         weights = ((1.0,) if pretrained else ()) + (0.3, 0.1) if section_weights is None else tuple(section_weights)
+        if len(weights) != 2 + pretrained:
+            raise complaint(
+                f"{len(weights)} section_weights with pretrained={pretrained}",
+                f"{2 + pretrained}: {'pretrained, ' if pretrained else ''}averaged, current",
+                "Give one for each section.",
+            )
         parts = anatomy(backbone) if parts is None else parts
         self.prompts, self.rank, self.dropout, self.scale = prompts, rank, dropout, scale
         self.pretrained, self.fusion_rank = pretrained, fusion_rank

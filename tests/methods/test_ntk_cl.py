@@ -1,0 +1,182 @@
+"""NTK-CL as corrected: it starts as the pretrained model, all of it trains, and each way can be chosen alone."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from small import stream
+from tuned import Transformer
+
+from forgetcast.learn.loop import learn
+from forgetcast.learn.optimizer import Optimization
+from forgetcast.methods.base import Batch, TaskData
+from forgetcast.methods.ntk_cl import NTKCL, Ways
+from forgetcast.protect.orthogonal import old_basis
+from forgetcast.streams.scenarios import class_incremental
+from forgetcast.streams.sources import Source
+
+WIDTH = 20
+OPTIMIZATION = Optimization("sgd", learning_rate=0.05, epochs=3, batch_size=32, momentum=0.9)
+PARTS = ("prompts", "fusion", "contrast", "orthogonality", "averaging")
+
+
+def method(**options) -> NTKCL:
+    torch.manual_seed(4)
+    return NTKCL(Transformer(WIDTH), WIDTH, **{"prompts": 2, "rank": 16, "dropout": 0.0, "tasks": 3} | options)
+
+
+def task_of(index: int) -> TaskData:
+    task = stream()[index]
+    inputs = torch.from_numpy(stream().source.inputs[task.train])
+    labels = torch.from_numpy(stream().outputs[task.train])
+
+    def batches():
+        for places in torch.arange(len(labels)).split(32):
+            yield Batch(inputs[places], labels[places], places)
+
+    seen = tuple(output for earlier in stream().tasks[: index + 1] for output in earlier.classes)
+    return TaskData(index, task.classes, seen, batches)
+
+
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_every_feature_is_at_first_that_of_the_pretrained_model(pretrained):
+    made, task = method(pretrained=pretrained), task_of(0)
+    (batch, *_) = task.batches()
+    plain = made.network.backbone(batch.inputs)
+    made.begin_task(task)
+    sections = made.network.sections(batch.inputs)
+    assert sections.shape[1:3] == (2, 2 + pretrained)
+    for found in (*sections.flatten(1, 2).unbind(1), *made.network.fusion(sections).unbind(1)):
+        assert torch.equal(found, plain)
+
+
+def test_after_one_step_everything_has_a_gradient():
+    made, task = method(), task_of(0)
+    made.begin_task(task)
+    made.model.double().train()
+    optimizer = torch.optim.SGD(made.parameter_groups(), lr=0.1)
+    for batch, _ in zip(task.batches(), range(2), strict=False):
+        optimizer.zero_grad()
+        made.loss(Batch(batch.inputs.double(), batch.labels, batch.indices)).backward()
+        optimizer.step()
+    sizes = {name: value.grad.norm().item() for name, value in made.model.named_parameters() if value.requires_grad}
+    assert min(sizes.values()) > 1e-10 * max(sizes.values()), sizes  # rounding leaves 1e-16 of a zero
+    with torch.device("meta"):
+        fusion = type(made.network.fusion)(768, made.fusion_rank)
+    assert sum(parameter.numel() for parameter in fusion.parameters()) < 300_000
+
+
+def test_a_step_makes_two_passes_with_a_gradient_and_two_without(monkeypatch):
+    made = method()
+    bases, passes = [], []
+
+    def counted(prototypes, **options):
+        bases.append(len(prototypes))
+        return old_basis(prototypes, **options)
+
+    monkeypatch.setattr("forgetcast.methods.ntk_cl.old_basis", counted)
+    for index in range(2):
+        task = task_of(index)
+        made.begin_task(task)
+        made.network.sections.backbone.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+        for batch in task.batches():
+            passes.clear()
+            made.loss(batch)
+            assert sorted(passes) == [False] * (2 * (index + 1)) + [True] * (2 * (index + 1))  # a hook more each task
+        made.end_task(task)
+    assert bases == [0, 2]
+
+
+def test_the_transformer_stands_still_and_the_mean_is_over_all_tasks():
+    made = method(recipe="corrected", tasks=None)
+    before = {name: value.clone() for name, value in made.network.backbone.state_dict().items()}
+    ends = []
+    for count in (1, 2, 3):
+        made = method(tasks=None)
+        learn(made, stream(), OPTIMIZATION, seed=2, until=count)
+        ends.append(
+            [value.clone() for branch in made.network.sections.branches for value in branch.current.parameters()]
+        )
+    after = made.network.sections.backbone.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    means = [value for branch in made.network.sections.branches for value in branch.average.parameters()]
+    for mean, *values in zip(means, *ends, strict=True):
+        torch.testing.assert_close(mean, sum(values) / 3)
+    assert all(not torch.equal(a, b) for first, second in pairwise(ends) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_each_way_can_be_chosen_alone(part):
+    """One part as released changes the run, and nothing else is then as released."""
+    plain, one = method(), method(ways={part: "released"})
+    assert one.ways == Ways(**{part: "released"})
+    ends = []
+    for made in (plain, one):
+        learn(made, stream(), OPTIMIZATION, seed=2, until=3)
+        places = stream()[0].test
+        ends.append(made.predict(torch.from_numpy(stream().source.inputs[places])))
+    assert not torch.equal(*ends)
+    back = method(recipe="released", ways={name: "corrected" for name in PARTS if name != part})
+    assert back.ways == one.ways
+
+
+def test_tasks_of_unequal_sizes():
+    source = stream().source
+    kept = (source.labels < 5).nonzero()[0]
+    tasks = class_incremental(Source("digits", source.inputs[kept], source.labels[kept]), 2, base=3, seed=1)
+    assert [len(task.classes) for task in tasks.tasks] == [3, 2]
+    for recipe in ("corrected", "released"):
+        made = method(recipe=recipe)
+        done = learn(made, tasks, OPTIMIZATION, seed=2)
+        assert len(made.network.proxy.weight) == 2
+        labels = tasks.outputs[[place for task in tasks.tasks for place in task.train]]
+        assert made.model.head.counts.tolist() == [int((labels == output).sum()) for output in range(5)]
+        assert len(done.accuracy_matrix[-1]) == 2
+
+
+def test_batches_without_a_pair_are_counted():
+    made, task = method(), task_of(0)
+    made.begin_task(task)
+    (batch, *_) = task.batches()
+    first = [int((batch.labels == label).nonzero()[0]) for label in batch.labels.unique()]
+    alone = Batch(batch.inputs[first], batch.labels[first], batch.indices[first])
+    made.loss(alone).backward()
+    assert made.skipped == 1
+    made.loss(batch)
+    assert made.skipped == 1
+    assert made.state_dict()["skipped"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recipe": "paper"}, "recipe"),
+        ({"ways": {"fusions": "released"}}, "ways.*fusions"),
+        ({"ways": {"fusion": "paper"}}, "fusion"),
+        ({"recipe": "released", "tasks": None}, "tasks"),
+        ({"prompts": 0}, "prompts"),
+        ({"rank": 0}, "rank"),
+        ({"dropout": 1.5}, "dropout"),
+        ({"scale": 0.0}, "scale"),
+        ({"contrast": -1.0}, "contrast"),
+        ({"orthogonality": float("nan")}, "orthogonality"),
+        ({"drift": -1.0}, "drift"),
+        ({"section_weights": (1.0, 1.0, 1.0)}, "section"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked_types")
+def test_options_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        method(**options)
+
+
+def test_images_of_another_size_are_refused():
+    made = method()
+    made.begin_task(task_of(0))
+    with pytest.raises(ValueError, match="4 tokens a sample; expected 8"):
+        made.predict(torch.zeros(2, 32))
+
+
+def test_nothing_is_answered_before_a_task():
+    with pytest.raises(ValueError, match="begin_task first"):
+        method().predict(torch.zeros(2, 64))
