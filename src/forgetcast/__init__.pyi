@@ -1,3 +1,4 @@
+from .forecast.gaps import TaskGaps as TaskGaps
 from .forecast.linear import LinearForecast as LinearForecast
 from .forecast.linear import Trajectory as Trajectory
 from .forecast.linear import forecast_linear as forecast_linear
@@ -23,6 +24,8 @@ from .forecast.result import Calibration as Calibration
 from .forecast.result import Forecast as Forecast
 from .forecast.sequence import SequenceForecast as SequenceForecast
 from .forecast.sequence import forecast_sequence as forecast_sequence
+from .forecast.task_gaps import task_gaps as task_gaps
+from .forecast.task_gaps import task_kernels as task_kernels
 from .forecast.training import SGD as SGD
 from .forecast.training import AdamW as AdamW
 from .forecast.training import GradientDescent as GradientDescent
@@ -35,6 +38,7 @@ from .protect.restraint import protect as protect
 from .protect.spectral import SpectralAnchor as SpectralAnchor
 from .protect.spectral import SpectralProbe as SpectralProbe
 from .protect.spectral import combined_penalty as combined_penalty
+from .tangent.blocks import TaskKernels as TaskKernels
 from .tangent.features import Features as Features
 from .tangent.linear_head import LinearHead as LinearHead
 from .tangent.moments import Moments as Moments

@@ -174,6 +174,49 @@ def grouped_trace_kernels(
     return {name: _block(side, side, planned, set(group), device, trace=True) for name, group in groups.items()}
 
 
+def joint_kernel(
+    model: nn.Module,
+    sets: Sequence[Any],
+    *,
+    trace: bool = False,
+    parameters: Mapping[str, nn.Parameter] | None = None,
+    outputs: Callable[[Any], Tensor] | None = None,
+    probes: int | None = None,
+    seed: int = 0,
+    chunk: int | None = None,
+    memory: float = MEMORY,
+) -> list[list[Tensor]]:
+    """The tangent kernel of several sets of samples: row s holds its blocks of set s with the sets from s on.
+
+    Args:
+        model: as for `tangent_kernel`.
+        sets: samples of each set, as a of `tangent_kernel`.
+        trace: the trace kernel, blocks (n, m); else the full one, blocks (n, c, m, c).
+        parameters: as for `tangent_kernel`.
+        outputs: as for `tangent_kernel`.
+        probes: as for `trace_kernel`; for the trace kernel only.
+        seed: of the probes.
+        chunk: as for `tangent_kernel`.
+        memory: as for `tangent_kernel`.
+
+    Raises:
+        ValueError: as for `tangent_kernel`; no set; probes for the full kernel.
+
+    Cost: that of one `tangent_kernel` or `trace_kernel` of all samples.
+    """
+    if not sets:
+        raise complaint("a kernel of no sets", "at least one set of samples", "Give the samples of each set.")
+    if probes is not None:
+        require_integer("probes", probes, least=1)
+        if not trace:
+            raise complaint(f"got probes={probes} for the full kernel", "trace=True beside them", "Leave probes=None.")
+    parameters = trainable(model) if parameters is None else parameters
+    heads = _Heads(heads_of(outputs), probes, seed, probing=trace)
+    sides, planned = _collected(model, sets, parameters, heads, chunk, memory, trace=trace)
+    device = next(iter(parameters.values())).device
+    return [[_block(x, y, planned, None, device, trace=trace) for y in sides[s:]] for s, x in enumerate(sides)]
+
+
 def kronecker_kernel(
     model: nn.Module,
     a: Any,
