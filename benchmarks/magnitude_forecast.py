@@ -128,7 +128,6 @@ def transition(
     net = seen_by(model, new)
     assert net.head is not None
     assert new.targets is not None
-    place_rows(net.head, net.features(new), new.targets, classes)
     seen = torch.zeros(1, net.outputs, dtype=torch.bool)
     seen[0, known + classes] = True
     now = torch.zeros_like(seen)
@@ -137,9 +136,10 @@ def transition(
     started = process_time()
     advice = advise(
         model, read, new, training, lengths=LENGTHS, budget=BUDGET, old_weight=weight, validation=validation,
-        answers_now=now, answers_then=seen, answers_new=seen, seed=seed,
+        head="placed", answers_now=now, answers_then=seen, answers_new=seen, seed=seed,
     )  # fmt: skip
     spent = process_time() - started
+    place_rows(net.head, net.features(new), new.targets, classes)
     tried = nested(net)
     rows, run_spent = searched(net, tried, new, training, (kept, test), seen, weight)
     chosen = next(row for row in rows if _same(row, advice.recommended))

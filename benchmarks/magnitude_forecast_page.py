@@ -21,6 +21,9 @@ do not train; the search is measured on the other old test samples and the new t
 The search's best is the best of all its points on the very samples that it is measured on: part of what a choice
 loses is chance. The next task starts from what the advice chose.
 
+Placing the rows takes one pass over the new samples, which the trainings of the search need as well and the advice
+makes use of; it is counted for neither in *cost*, and for the advice in *seconds*.
+
 *Lost*: score of the search's best minus that of the advised choice. *Spread*: of its worst. *Best fixed*: the one
 choice that is best on average over all transitions of a setting, found afterwards. *Cost*: passes of the advice, all
 readings included, relative to those of the search, which are counted without its measuring; *seconds*: processor time
