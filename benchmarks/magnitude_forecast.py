@@ -32,6 +32,7 @@ from forgetcast.forecast.network.pilot import trained_path
 from forgetcast.forecast.network.placed import place_rows
 from forgetcast.forecast.network.plan import FORWARD
 from forgetcast.forecast.network.samples import Samples
+from forgetcast.forecast.network.start import Head
 from forgetcast.forecast.network.walker import Place
 from forgetcast.forecast.training import AdamW
 
@@ -40,6 +41,8 @@ SEEDS = (0, 1)
 RATES = (1e-3, 3e-3)
 TRANSITIONS = 3
 LENGTHS = (0.5, 1.0)
+HEADS: tuple[Head, ...] = ("as_is", "placed")
+"""Whether the advice finds the rows placed, or places them itself and keeps the features that it reads for it."""
 BUDGET = 0.18
 OLD = 250
 TEXTS, MORE_TEXTS = 60, 10
@@ -118,7 +121,7 @@ def searched(
 
 
 def transition(
-    model: nn.Module, data: Data, known: list[int], classes: list[int], rate: float, more: int, seed: int
+    model: nn.Module, data: Data, known: list[int], classes: list[int], rate: float, more: int, head: Head, seed: int
 ) -> Table:
     """The advice beside the search; the model ends at what was advised."""
     read, kept = in_two(data.test, data.test_labels, known, max(1, OLD // len(known)), "old")
@@ -128,6 +131,8 @@ def transition(
     net = seen_by(model, new)
     assert net.head is not None
     assert new.targets is not None
+    if head == "as_is":
+        place_rows(net.head, net.features(new), new.targets, classes)
     seen = torch.zeros(1, net.outputs, dtype=torch.bool)
     seen[0, known + classes] = True
     now = torch.zeros_like(seen)
@@ -136,10 +141,11 @@ def transition(
     started = process_time()
     advice = advise(
         model, read, new, training, lengths=LENGTHS, budget=BUDGET, old_weight=weight, validation=validation,
-        head="placed", answers_now=now, answers_then=seen, answers_new=seen, seed=seed,
+        head=head, answers_now=now, answers_then=seen, answers_new=seen, seed=seed,
     )  # fmt: skip
     spent = process_time() - started
-    place_rows(net.head, net.features(new), new.targets, classes)
+    if head == "placed":
+        place_rows(net.head, net.features(new), new.targets, classes)
     tried = nested(net)
     rows, run_spent = searched(net, tried, new, training, (kept, test), seen, weight)
     chosen = next(row for row in rows if _same(row, advice.recommended))
@@ -180,10 +186,15 @@ def _told(advice: Advice, rows: list[Table], weight: float) -> Table:
     }
 
 
-def work(given: tuple[str, float, int, Path]) -> tuple[str, list[Table]]:
-    """In a worker: all transitions of a setting at a rate and a seed."""
+def key_of(name: str, rate: float, head: Head, seed: int) -> str:
+    """Place in the JSON."""
+    return f"{name} / rate {rate:g} / seed {seed} / {head}"
+
+
+def work(given: tuple[str, float, Head, int, Path]) -> tuple[str, list[Table]]:
+    """In a worker: all transitions of a setting at a rate, with a way to place the head, and at a seed."""
     torch.set_num_threads(1)
-    name, rate, seed, folder = given
+    name, rate, head, seed, folder = given
     setting, more = SETTINGS[name]
     data = setting.data(folder)
     order = np.random.default_rng(seed).permutation(len(data.groups))
@@ -197,19 +208,20 @@ def work(given: tuple[str, float, int, Path]) -> tuple[str, list[Table]]:
     known = [label for group in groups[: setting.base] for label in group]
     rows = []
     for k, classes in enumerate(groups[setting.base : setting.base + TRANSITIONS]):
-        found = transition(model, data, known, classes, rate, more, seed)
-        place = {"setting": name, "rate": rate, "seed": seed, "transition": k, "weights_hash": digest}
+        found = transition(model, data, known, classes, rate, more, head, seed)
+        place = {"setting": name, "rate": rate, "head": head, "seed": seed, "transition": k, "weights_hash": digest}
         rows.append(place | found)
         known = known + classes
         cells = {who: {key: found[who][key] for key in ("candidate", "length", "score")} for who in ("advised", "best")}
-        print(name, rate, seed, k, cells, f"cost {found['cost']:.3f}", flush=True)
-    return f"{name} / rate {rate:g} / seed {seed}", rows
+        print(name, rate, head, seed, k, cells, f"cost {found['cost']:.3f}", flush=True)
+    return key_of(name, rate, head, seed), rows
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     parser = arguments_of(__doc__, list(SETTINGS))
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--heads", nargs="+", choices=HEADS, default=HEADS[1:])
     parser.add_argument("--rates", nargs="+", type=float, default=RATES)
     arguments = parser.parse_args()
     store = Store(RESULTS / "magnitude_forecast.json")
@@ -218,9 +230,9 @@ if __name__ == "__main__":
         store.all |= {"titles": {name: setting.title for name, (setting, _) in SETTINGS.items()}}
         done = store.all.setdefault("runs", {})
         wanted = [
-            (name, rate, seed, arguments.data)
-            for seed, rate, name in product(arguments.seeds, arguments.rates, arguments.settings)
-            if f"{name} / rate {rate:g} / seed {seed}" not in done
+            (name, rate, head, seed, arguments.data)
+            for seed, rate, head, name in product(arguments.seeds, arguments.rates, arguments.heads, arguments.settings)
+            if key_of(name, rate, head, seed) not in done
         ]
         with get_context("spawn").Pool(arguments.workers, maxtasksperchild=1) as pool:
             for key, rows in pool.imap_unordered(work, wanted, chunksize=1):

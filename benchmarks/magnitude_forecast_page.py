@@ -1,6 +1,7 @@
 """The choice by forecast against a search, as a page; every figure in it comes from the JSON."""
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from statistics import fmean
 from typing import Any
 
@@ -21,8 +22,9 @@ do not train; the search is measured on the other old test samples and the new t
 The search's best is the best of all its points on the very samples that it is measured on: part of what a choice
 loses is chance. The next task starts from what the advice chose.
 
-Placing the rows takes one pass over the new samples, which the trainings of the search need as well and the advice
-makes use of; it is counted for neither in *cost*, and for the advice in *seconds*.
+Two ways: *as_is*, the advice finds the rows placed, and what it forecasts of the head's training where blocks train too
+is learnt from its few samples; *placed*, it places them itself (`head="placed"`), which takes one pass over the new
+samples that the trainings need as well, and follows the head on the features of all of them.
 
 *Lost*: score of the search's best minus that of the advised choice. *Spread*: of its worst. *Best fixed*: the one
 choice that is best on average over all transitions of a setting, found afterwards. *Cost*: passes of the advice, all
@@ -51,11 +53,11 @@ def page(result: Table) -> str:
     )
     parts = [head]
     for name, title in result["titles"].items():
-        for rate in sorted({row["rate"] for row in everything}):
-            rows = [row for row in everything if (row["setting"], row["rate"]) == (name, rate)]
+        for rate, way in product(sorted({row["rate"] for row in everything}), ("as_is", "placed")):
+            rows = [row for row in everything if (row["setting"], row["rate"], row["head"]) == (name, rate, way)]
             if rows:
                 rows = sorted(rows, key=lambda row: (row["seed"], row["transition"]))
-                lines = [f"## {title}; rate {rate:g}", "", TITLES, "|---" * TITLES.count(" | ") + "|---|"]
+                lines = [f"## {title}; rate {rate:g}; {way}", "", TITLES, "|---" * TITLES.count(" | ") + "|---|"]
                 place = _fixed(rows)
                 lines += [_line(row, place) for row in rows]
                 parts.append("\n".join([*lines, "", *_summary(rows, place)]))
