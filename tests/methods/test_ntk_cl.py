@@ -134,6 +134,24 @@ def test_tasks_of_unequal_sizes():
         assert len(done.accuracy_matrix[-1]) == 2
 
 
+@pytest.mark.parametrize("recipe", ["corrected", "released"])
+def test_old_means_are_those_of_outputs_that_the_task_does_not_bring(recipe):
+    made = method(recipe=recipe)
+    for task in (task_of(0), task_of(1)):
+        made.begin_task(task)
+        made.end_task(task)
+    again = TaskData(2, task_of(0).classes, task_of(1).seen, task_of(0).batches)
+    made.begin_task(again)
+    assert set(made.old) == set(task_of(1).classes)
+    assert torch.equal(made.means, made.model.head.means[list(made.old)].float())
+    (batch, *_) = again.batches()
+    made.loss(batch).backward()
+    restored = method(recipe=recipe)
+    restored.load_state_dict(made.state_dict())
+    assert restored.old == made.old
+    assert torch.equal(restored.basis, made.basis)
+
+
 def test_batches_without_a_pair_are_counted():
     made, task = method(), task_of(0)
     made.begin_task(task)

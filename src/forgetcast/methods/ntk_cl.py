@@ -10,7 +10,7 @@ The recipe "released" does what the authors' code does, the recipe "corrected" w
 chosen alone (docs/ntk_cl.md).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, Literal
@@ -67,9 +67,12 @@ class Network(nn.Module):
     Args:
         backbone: a transformer that normalises before attention and feed-forward network.
         parts: where its blocks are.
+        make: of the backbone and its number of tokens, the sections and the fusion.
     """
 
-    def __init__(self, backbone: nn.Module, parts: Anatomy, make: Any) -> None:
+    def __init__(
+        self, backbone: nn.Module, parts: Anatomy, make: Callable[[nn.Module, int], tuple[Sections, nn.Module]]
+    ) -> None:
         super().__init__()
         self.backbone: nn.Module | None = backbone.requires_grad_(False)
         self.parts, self.make = parts, make
@@ -191,7 +194,8 @@ class NTKCL(Method):
         self.decay, self.tasks = decay, tasks
         self.generator = torch.Generator().manual_seed(seed)
         self.before: dict[str, Tensor] = {}
-        self.known, self.means = 0, torch.zeros(0, width * len(weights))
+        self.old: tuple[int, ...] = ()
+        self.means = torch.zeros(0, width * len(weights))
         self.basis: Tensor | None = None
         self.skipped = 0
         super().__init__(Model(Network(backbone, parts, self._made), Sectioned(width * len(weights), weights=weights)))
@@ -203,6 +207,13 @@ class NTKCL(Method):
         assert isinstance(found, Network)
         return found
 
+    @property
+    def head(self) -> Sectioned:
+        """The class means."""
+        found = self.model.head
+        assert isinstance(found, Sectioned)
+        return found
+
     def begin_task(self, task: TaskData) -> None:
         """New proxies, and what the terms compare with."""
         if self.network.backbone is not None:
@@ -210,8 +221,8 @@ class NTKCL(Method):
             self.network.build(tokens_of(self.network.backbone, self.network.parts, inputs))
         super().begin_task(task)
         self.network.propose(len(task.classes))
-        self._compare(len(task.seen) - len(task.classes))
-        self.before = self.before or self._trained()
+        self._compare([output for output in task.seen if output not in task.classes])
+        self.before = self.before or self._copied()
 
     def loss(self, batch: Batch) -> Tensor:
         """The sum of all terms."""
@@ -220,8 +231,7 @@ class NTKCL(Method):
         adapters, prompts, fused = self.network.three(batch.inputs)
         places = torch.searchsorted(torch.tensor(self.classes, device=batch.labels.device), batch.labels)
         total = sum((cross_entropy(proxy(z), places) for z in (adapters, prompts, fused)), start=fused.new_zeros(()))
-        now = self._trained(detached=False)
-        moved = (now[name] - value for name, value in self.before.items())
+        moved = (now - self.before[name].to(now) for name, now in self._weights().items())
         drift = sum((part.square().sum() for part in moved), start=total.new_zeros(()))
         return (
             total
@@ -236,13 +246,11 @@ class NTKCL(Method):
         assert sections is not None
         if self.ways.averaging == "corrected" or task.index + 1 < (self.tasks or 0):
             sections.fold(task.index, self.decay)
-        head = self.model.head
-        assert isinstance(head, Sectioned)
         with torch.no_grad(), evaluating(self.model):
             for batch in task.batches():
-                head.observe(self.model.features(batch.inputs), batch.labels)
-        head.solve()
-        self.before = self._trained()
+                self.head.observe(self.model.features(batch.inputs), batch.labels)
+        self.head.solve()
+        self.before = self._copied()
         super().end_task(task)
 
     def predict(self, inputs: Tensor) -> Float[Tensor, "n C"]:
@@ -257,7 +265,7 @@ class NTKCL(Method):
             "tokens": network.tokens,
             "proxies": 0 if network.proxy is None else len(network.proxy.weight),
             "before": dict(self.before),
-            "known": self.known,
+            "old": list(self.old),
             "skipped": self.skipped,
             "generator": self.generator.get_state(),
         }
@@ -271,43 +279,47 @@ class NTKCL(Method):
         super().load_state_dict(state)
         self.before, self.skipped = dict(state["before"]), state["skipped"]
         self.generator.set_state(state["generator"].cpu())
-        self._compare(state["known"])
+        self._compare(state["old"])
 
-    def _compare(self, known: int) -> None:
-        """Take note of the means of the first `known` outputs, which earlier tasks brought."""
-        head = self.model.head
-        assert isinstance(head, Sectioned)
-        self.known = known
-        self.means = head.means[:known].float()
+    def _compare(self, old: Sequence[int]) -> None:
+        """Take note of the means of outputs that this task does not bring."""
+        self.old, every = tuple(old), self.head.means.float()
+        self.means = every[list(old)]
         if self.ways.orthogonality == "released":
-            blank = head.means.new_zeros(head.outputs - known, head.means.shape[1])
-            self.basis = leading_basis(torch.cat([self.means, blank.float()]))
+            blank = torch.ones(len(every), dtype=torch.bool, device=every.device)
+            blank[list(old)] = False
+            self.basis = leading_basis(every.masked_fill(blank[:, None], 0))
         else:
             self.basis = old_basis(self.means)
 
     def _contrast(self, fused: Tensor, labels: Tensor) -> Tensor:
+        means = self.means.to(fused.device)
         if self.ways.contrast == "corrected":
-            term, anchors = supervised_infonce(fused, labels, self.means)
+            term, anchors = supervised_infonce(fused, labels, means)
             self.skipped += anchors == 0
             return term
-        rows = torch.randperm(self.known, generator=self.generator)[: len(fused)].to(fused.device)
-        term, pairs = pooled_infonce(torch.cat([fused, self.means[rows]]), torch.cat([labels, rows]))
+        rows = torch.randperm(len(means), generator=self.generator)[: len(fused)].to(fused.device)
+        own = torch.tensor(self.old, dtype=torch.int64, device=fused.device)[rows]
+        term, pairs = pooled_infonce(torch.cat([fused, means[rows]]), torch.cat([labels, own]))
         self.skipped += pairs == 0
         return -term
 
     def _orthogonality(self, batch: Batch, adapters: Tensor, prompts: Tensor) -> Tensor:
         assert self.basis is not None
+        basis = self.basis.to(adapters.device)
         if self.ways.orthogonality == "corrected":
-            return overlap(adapters, self.basis) + overlap(prompts, self.basis)
-        total = signed_complement(adapters, self.basis) + signed_complement(prompts, self.basis)
+            return overlap(adapters, basis) + overlap(prompts, basis)
+        total = signed_complement(adapters, basis) + signed_complement(prompts, basis)
         return total if batch.rows is None else total * (batch.rows / max(own_rows(batch), 1))
 
-    def _trained(self, *, detached: bool = True) -> dict[str, Tensor]:
+    def _weights(self) -> dict[str, nn.Parameter]:
         """What the drift term is about: weights of the current parts and of the fusion."""
         named = self.network.named_parameters()
-        found = {name: value for name, value in named if value.requires_grad and not name.startswith("proxy.")}
-        found = {name: value for name, value in found.items() if name.endswith("weight")}
-        return {name: value.detach().clone() for name, value in found.items()} if detached else dict(found)
+        held = {name: value for name, value in named if value.requires_grad and name.endswith("weight")}
+        return {name: value for name, value in held.items() if not name.startswith("proxy.")}
+
+    def _copied(self) -> dict[str, Tensor]:
+        return {name: value.detach().clone() for name, value in self._weights().items()}
 
     def _made(self, backbone: nn.Module, tokens: int) -> tuple[Sections, nn.Module]:
         network, ways = self.network, self.ways
