@@ -7,8 +7,9 @@ from typing import Any
 
 HEAD = """# How much of a network to train: measured
 
-Written by `python -m benchmarks.magnitude_table DATA`, the sentences included; the numbers, with every accuracy matrix
-and every decision, are in `benchmarks/results/magnitude.json`. What the methods do: docs/magnitude.md.
+Written by `python -m benchmarks.magnitude_table DATA`, and of the similarities `python -m benchmarks.magnitude_similarity
+DATA`, the sentences included; the numbers, with every accuracy matrix and every decision, are in
+`benchmarks/results/magnitude.json`. What the methods do: docs/magnitude.md.
 
 The orderings that arXiv 2602.20796 reports, on streams of five tasks as near to its own as its text allows, {seeds}
 seeds ({listed}) of classes, weights and order of samples, task-incremental (the task of a test sample is told). The
