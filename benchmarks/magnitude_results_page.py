@@ -7,7 +7,7 @@ from typing import Any
 
 HEAD = """# How much of a network to train: measured
 
-Written by `python -m benchmarks.magnitude_table DATA`, and of the similarities `python -m benchmarks.magnitude_similarity
+Written by `python -m benchmarks.magnitude_table DATA`, of the similarities `python -m benchmarks.magnitude_similarity
 DATA`, the sentences included; the numbers, with every accuracy matrix and every decision, are in
 `benchmarks/results/magnitude.json`. What the methods do: docs/magnitude.md.
 
