@@ -25,6 +25,7 @@ SMALL = {
     "replay": {"capacity": 40},
     "pegp": {"threshold": 0.6},
     "ssiat": {"samples": 32, "epochs": 2},
+    "mos": {"rank": 8, "samples": 32, "epochs": 2, "contrast": 0.01},
     "vpt_nsp2": {"temperature": 1.0},
     "ntk_cl": {"prompts": 2, "rank": 4},
     "l2p": {"size": 5, "length": 2, "count": 2, "readout": "pooled"},
@@ -34,6 +35,7 @@ SMALL = {
     "inflora": {"rank": 4, "threshold": 0.6, "tasks": 3},
     "o_lora": {"rank": 4},
     "sd_lora": {"ranks": (4, 2)},
+    "osf": {"ranks": (0.3, 4)},
     "lae": {"decay": 0.9, "loss_outputs": "seen"},
     "advised": {"budget": 1.0, "lengths": (0.5, 1.0), "capacity": 40},
 }

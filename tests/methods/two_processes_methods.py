@@ -26,6 +26,7 @@ OPTIONS = {
     "ewc": {"strength": 1.0},
     "pegp": {"threshold": 0.6},
     "ssiat": {"scale": 5.0, "samples": 32, "epochs": 2},
+    "mos": {"rank": 8, "samples": 32, "epochs": 2, "contrast": 0.01, "dropout": 0.0},
     "vpt_nsp2": {"temperature": 1.0},
     "ntk_cl": {"prompts": 2, "rank": 4, "dropout": 0.0},
     "l2p": {"size": 5, "length": 2, "count": 2},
@@ -35,6 +36,8 @@ OPTIONS = {
     "inflora": {"rank": 4, "threshold": 0.6},
     "o_lora": {"rank": 4},
     "sd_lora": {"ranks": (4, 2)},
+    # weights without close singular values, whose directions rounding mixes before they train
+    "osf": {"ranks": (0.5, 0.7), "targets": ("enter", "leave")},
     "lae": {"decay": 0.9, "head_only": 0.5},
     "advised": {"budget": 1.0, "capacity": 40},
     "kronecker_ewc": {"strength": 1.0},

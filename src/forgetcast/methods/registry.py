@@ -1,7 +1,8 @@
-"""Every method by name. A method is imported when it is asked for."""
+"""Every method by name, those that other packages bring too. A method is imported when it is asked for."""
 
 from collections.abc import Mapping
 from importlib import import_module
+from importlib.metadata import entry_points
 from typing import Any
 
 from torch import nn
@@ -35,6 +36,7 @@ METHODS: dict[str, str] = {
     "o_lora": "forgetcast.methods.o_lora:OLoRA",
     "sd_lora": "forgetcast.methods.sd_lora:SDLoRA",
     "lae": "forgetcast.methods.lae:LAE",
+    "osf": "forgetcast.methods.osf:OSF",
     "l2p": "forgetcast.methods.l2p:L2P",
     "dualprompt": "forgetcast.methods.dualprompt:DualPrompt",
     "coda_prompt": "forgetcast.methods.coda_prompt:CODAPrompt",
@@ -42,6 +44,7 @@ METHODS: dict[str, str] = {
     "icarl": "forgetcast.methods.icarl:ICaRL",
     "slca": "forgetcast.methods.slca:SLCA",
     "ssiat": "forgetcast.methods.ssiat:SSIAT",
+    "mos": "forgetcast.methods.mos:MOS",
     "ncm": "forgetcast.methods.ncm:NCM",
     "simplecil": "forgetcast.methods.ncm:SimpleCIL",
     "aper": "forgetcast.methods.aper:APER",
@@ -51,19 +54,34 @@ METHODS: dict[str, str] = {
     "fecam": "forgetcast.methods.fecam:FeCAM",
 }
 
+GROUP = "forgetcast.methods"
+"""Entry points by which an installed package brings methods, `name = "module:Class"`; the names above stay."""
+
 
 def method_class(name: str) -> type[Method]:
     """The class of a method, imported now.
 
     Raises:
-        ValueError: an unknown name; the message names the nearest.
+        ValueError: an unknown name, where the message names the nearest; a place that holds no method.
     """
-    require_choice("method", name, METHODS)
-    module, _, attribute = METHODS[name].partition(":")
-    found = getattr(import_module(module), attribute)
+    place = METHODS[name] if name in METHODS else _brought(name)
+    module, _, attribute = place.partition(":")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise complaint(
+            f"cannot load method {name} from {place} ({error})", "module:Class", "Correct its entry point."
+        ) from error
     if not (isinstance(found, type) and issubclass(found, Method)):
-        raise complaint(f"{METHODS[name]} is {found!r}", "a subclass of Method", "Correct METHODS.")
+        raise complaint(f"{place} is {found!r}", "a subclass of Method", f"Correct where method {name} is said to be.")
     return found
+
+
+def _brought(name: str) -> str:
+    """Where an installed package says that its method of this name is."""
+    brought = {one.name: one.value for one in entry_points(group=GROUP)}
+    require_choice("method", name, [*METHODS, *brought])
+    return brought[name]
 
 
 def takes_steps(name: str, options: Mapping[str, Any]) -> bool:
@@ -99,7 +117,7 @@ def create(name: str, backbone: nn.Module, width: int, **options: Any) -> Method
     """A method on a backbone, with the head it asks for; one that learns by gradient gets an empty linear head.
 
     Args:
-        name: one of `METHODS`.
+        name: one of `METHODS`, or of what other packages bring.
         backbone: maps inputs to features (n, width).
         width: features a sample.
         **options: further arguments of the method's class.
