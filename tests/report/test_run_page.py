@@ -134,6 +134,14 @@ def test_every_number_is_the_record_s(page, record):
     assert {f"per_class_accuracy.3.{c}" for c in range(8)} | {f"per_class_drop.{c}" for c in range(6)} <= named
 
 
+def test_the_growth_of_what_is_stored_is_told(record):
+    record["stored_numbers"] = [20000, 21234, 21234, 20000]
+    table = re.search(r'<table id="tasks">.*?</table>', render_run_page(record), re.DOTALL)
+    assert table is not None
+    rows = re.findall(r"<tr>\n(.*?)</tr>", table[0].split("<tbody>")[1], re.DOTALL)
+    assert [re.findall(r"<td>([^<]*)</td>\n$", row) for row in rows] == [[""], ["+1,234"], ["+0"], ["-1,234"]]
+
+
 def test_every_definition_and_setting_is_told(page, record):
     text = " ".join(Read(page).text.split())
     for name in (*record["metrics"], "calibration_error", "peak_resident_set_size", "stored_numbers"):
@@ -189,6 +197,8 @@ def test_what_no_page_can_be_made_of(record, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             write_run_report(record | wrong, tmp_path)
+    with pytest.raises(ValueError, match=r"without \['stored_numbers'\]"):
+        render_run_page({key: value for key, value in record.items() if key != "stored_numbers"})
     del record["per_class_accuracy"]
     with pytest.raises(ValueError, match=r"without \['per_class_accuracy'\]; expected .* Run the recipe again"):
         write_run_report(record, tmp_path)

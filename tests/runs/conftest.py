@@ -92,3 +92,22 @@ def pictures(tmp_path_factory):
             pixels[..., colour if colour is not None else slice(None)] += 100
             Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{index}.png")
     return folder
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory):
+    """A function that draws a folder of so many classes, unlike in shape and size, as a user would bring them."""
+    draw = np.random.default_rng(0)
+
+    def folder(classes):
+        root = tmp_path_factory.mktemp("drawn")
+        for index in range(classes):
+            for part, images in (("train", 2), ("test", 1 + index % 3)):
+                own = root / part / f"class{index:02}"
+                own.mkdir(parents=True)
+                for image in range(images):
+                    pixels = draw.integers(0, 256, (18 + index % 4, 24 - image, 3), dtype=np.uint8)
+                    Image.fromarray(pixels).save(own / f"{image}.png")
+        return root
+
+    return folder

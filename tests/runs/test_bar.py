@@ -5,7 +5,7 @@ from io import StringIO
 from rich.console import Console
 
 from forgetcast.learn.progress import Step
-from forgetcast.runs.bar import progress_bar
+from forgetcast.runs.bar import learnt_line, progress_bar
 
 
 def test_what_it_says_on_a_terminal():
@@ -45,3 +45,12 @@ def test_quiet_where_there_is_no_terminal():
         with progress_bar(quiet, tasks=2, epochs=3) as bar:
             assert bar is None
     assert console.file.getvalue() == ""
+
+
+def test_what_a_task_has_come_to():
+    event = {"task": 1, "accuracy": [0.5, 0.25], "trainable_parameters": 1234, "stored_numbers": 56789}
+    line = "task 2/3: accuracy 37.5%, 1,234 numbers trained, 56,789 stored"
+    assert learnt_line(event, 3, None) == line
+    assert learnt_line(event, 3, 55000) == f"{line} (+1,789)"
+    assert learnt_line(event, 3, 57000) == f"{line} (-211)"
+    assert learnt_line(event, 3, 56789) == f"{line} (+0)"

@@ -141,3 +141,12 @@ def test_refused_settings(bad):
         bootstrap_interval([0.0, 1.0], **bad)
     with pytest.raises(ValueError, match="1 values; expected at least two"):
         bootstrap_interval([0.0])
+
+
+def test_memory_is_that_after_the_last_task_and_what_a_task_adds():
+    kept = [[100, 130, 170], [100, 110, 130]]
+    grows = [one | {"stored_numbers": own} for one, own in zip(records("a", {0: 0.5, 1: 0.5}), kept, strict=True)]
+    other = [one | {"stored_numbers": [40]} for one in records("b", {0: 0.5})]
+    unsaid = [records("c", {0: 0.5, 1: 0.5})[0] | {"stored_numbers": [1, 2]}, records("c", {1: 0.5})[0]]
+    spreads = compare([*grows, *other, *unsaid], "last_accuracy").spreads
+    assert [(one.stored, one.growth) for one in spreads] == [(150, 25), (40, None), (None, None)]

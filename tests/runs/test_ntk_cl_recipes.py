@@ -5,10 +5,8 @@ import shlex
 import sys
 from types import ModuleType
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from test_recipes_of_the_repository import RECIPES
 from torch import Tensor, nn
 
@@ -34,25 +32,6 @@ TASKS = 2
 
 def path_of(name):
     return RECIPES / "ntk_cl" / f"{name}.yaml"
-
-
-@pytest.fixture(scope="session")
-def drawn(tmp_path_factory):
-    """A function that draws a folder of so many classes, unlike in shape and size, as a user would bring them."""
-    draw = np.random.default_rng(0)
-
-    def folder(classes):
-        root = tmp_path_factory.mktemp("drawn")
-        for index in range(classes):
-            for part, images in (("train", 2), ("test", 1 + index % 3)):
-                own = root / part / f"class{index:02}"
-                own.mkdir(parents=True)
-                for image in range(images):
-                    pixels = draw.integers(0, 256, (18 + index % 4, 24 - image, 3), dtype=np.uint8)
-                    Image.fromarray(pixels).save(own / f"{image}.png")
-        return root
-
-    return folder
 
 
 def short(name, drawn):

@@ -26,6 +26,7 @@ def root(tmp_path_factory):
         )
         done = type_in("run", root / f"{name}.yaml", "--root", root)
         assert done.exit_code == 0, done.output
+        (root / f"{name}.told").write_text(done.stderr)
     return root
 
 
@@ -57,6 +58,21 @@ def test_the_record_holds_every_number_of_every_task(root):
     assert sorted(record["classes"]) == [str(digit) for digit in range(10)]
     assert len(record["per_class_drop"]) == 10
     assert sum(drop is not None for drop in record["per_class_drop"]) == 5
+
+
+@pytest.mark.parametrize("name", ["sequential", "lwf"])
+def test_what_each_task_trains_and_stores_is_told(root, name):
+    record = read_record(folder(root, name))
+    (first, second), (trained, more) = record["stored_numbers"], record["trainable_parameters"]
+    assert second - first >= more - trained == 5 * 9  # rows of five classes
+    told = [line for line in (root / f"{name}.told").read_text().splitlines() if line.startswith("task ")]
+    assert [line.split(", ", 1)[1] for line in told] == [
+        f"{trained:,} numbers trained, {first:,} stored",
+        f"{more:,} numbers trained, {second:,} stored (+{second - first:,})",
+    ]
+    compared = type_in("compare", folder(root, name), folder(root, "joint")).output
+    row = next(line for line in compared.splitlines() if line.split()[:2] == [name, "1"])
+    assert row.split()[-2:] == [f"{second:,}", f"+{second - first:,}"]
 
 
 def test_the_log_holds_steps_epochs_evaluations_and_tasks(root):

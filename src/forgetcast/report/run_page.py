@@ -17,7 +17,15 @@ from forgetcast.report.page import (
     template,
 )
 
-_NEEDED = ("accuracy_matrix", "per_class_accuracy", "calibration_error", "peak_memory", "classes", "task_classes")
+_NEEDED = (
+    "accuracy_matrix",
+    "per_class_accuracy",
+    "calibration_error",
+    "peak_memory",
+    "stored_numbers",
+    "classes",
+    "task_classes",
+)
 _SETTINGS = (
     "seed",
     "class_order",
@@ -42,13 +50,18 @@ class Figure(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """One row of the table of tasks. Shares are in 0..1, `drop` is just after minus at the end."""
+    """One row of the table of tasks.
+
+    Shares are in 0..1, `drop` is just after minus at the end, `more` is how many numbers more are stored than after the
+    task before.
+    """
 
     task: int
     classes: str
     learnt: float
     last: float
     drop: float
+    more: int | None
 
 
 def is_run(record: Mapping[str, Any]) -> bool:
@@ -134,10 +147,11 @@ def _figures(record: Mapping[str, Any]) -> Iterator[Figure]:
 
 
 def _stages(record: Mapping[str, Any]) -> list[Stage]:
-    matrix = record["accuracy_matrix"]
+    matrix, stored = record["accuracy_matrix"], record["stored_numbers"]
     stages = []
     for index, outputs in enumerate(record["task_classes"]):
         learnt, last = matrix[index][index], matrix[-1][index]
         names = ", ".join(record["classes"][output] for output in outputs)
-        stages.append(Stage(index + 1, names, learnt, last, learnt - last))
+        more = stored[index] - stored[index - 1] if index else None
+        stages.append(Stage(index + 1, names, learnt, last, learnt - last, more))
     return stages

@@ -1,4 +1,4 @@
-"""The progress of a run on a terminal: task, epoch, loss, last accuracy, and how long it will take."""
+"""The progress of a run on a terminal: task, epoch, loss, accuracy, how long it will take, and what each task added."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -56,6 +56,22 @@ class Bar:
 
     def _text(self, task: int) -> str:
         return f"task {task + 1}/{self.tasks}"
+
+
+def learnt_line(event: Mapping[str, Any], tasks: int, before: int | None) -> str:
+    """What a task has come to, in one line: accuracy, numbers that trained, numbers stored and how many more these are.
+
+    Args:
+        event: the one at the end of the task.
+        tasks: of the stream.
+        before: numbers stored after the task before; None after the first.
+    """
+    stored = event["stored_numbers"]
+    more = "" if before is None else f" ({stored - before:+,})"
+    return (
+        f"task {event['task'] + 1}/{tasks}: accuracy {fmean(event['accuracy']):.1%}, "
+        f"{event['trainable_parameters']:,} numbers trained, {stored:,} stored{more}"
+    )
 
 
 @contextmanager

@@ -7,21 +7,18 @@ from itertools import combinations
 from statistics import fmean, stdev
 from typing import Any, Literal
 
-import numpy as np
-
-from forgetcast.checks import complaint, require_choice, require_integer, require_number
+from forgetcast.checks import complaint, require_choice
 from forgetcast.metrics.definitions import RUN_DEFINITIONS
 from forgetcast.metrics.matrix import METRICS
+from forgetcast.runs.bootstrap import CONFIDENCE, RESAMPLES, Interval
+from forgetcast.runs.bootstrap import bootstrap_interval as bootstrap_interval
 from forgetcast.runs.keys import did_you_mean, flatten
 
-RESAMPLES = 10_000
-CONFIDENCE = 0.95
 # Equal accuracies that were averaged in another order differ in their last bits; one test sample is far more than this.
 TIE = 1e-9
 
 Record = Mapping[str, Any]
 Better = Literal["higher", "lower"]
-Interval = tuple[float, float]
 
 # What is not an accuracy; the names alone do not tell a forgetting from a transfer.
 DIRECTIONS: dict[str, Better] = {
@@ -45,12 +42,23 @@ DIRECTIONS: dict[str, Better] = {
 
 @dataclass(frozen=True)
 class Spread:
-    """One recipe over its seeds. `std` is the sample standard deviation (n - 1), None for one seed."""
+    """One recipe over its seeds.
+
+    Attributes:
+        recipe: what tells it from the others.
+        seeds: that it ran.
+        mean: of the metric.
+        std: sample standard deviation (n - 1), None for one seed.
+        stored: numbers that its method keeps after the last task, in the mean; None where a record does not say.
+        growth: how many more with each task after the first, in the mean; None where there is one task alone.
+    """
 
     recipe: str
     seeds: tuple[int, ...]
     mean: float
     std: float | None
+    stored: float | None = None
+    growth: float | None = None
 
 
 @dataclass(frozen=True)
@@ -121,6 +129,7 @@ def compare(
     require_choice("better", better, ("higher", "lower"))
     groups: dict[str, dict[int, float]] = {}
     recipes: dict[str, dict[str, Any]] = {}
+    kept: dict[str, list[Sequence[int]]] = {}
     for record in records:
         recipe = _recipe_of(record)
         identity = json.dumps(recipe, sort_keys=True)
@@ -133,6 +142,7 @@ def compare(
                 "Leave one of them out.",
             )
         values[record["seed"]] = _value(record, metric)
+        kept.setdefault(identity, []).append(record.get("stored_numbers") or ())
     if len(groups) < 2:
         raise complaint(f"records of {len(groups)} recipes", "at least two recipes", "Add the runs of another recipe.")
     labelled = list(zip(_labels(list(recipes.values())), groups.values(), strict=True))
@@ -142,39 +152,14 @@ def compare(
         better,
         confidence,
         tuple(
-            Spread(label, tuple(sorted(values)), fmean(values.values()), _std(list(values.values())))
-            for label, values in labelled
+            Spread(label, tuple(sorted(values)), fmean(values.values()), _std(list(values.values())), *_memory(stored))
+            for (label, values), stored in zip(labelled, kept.values(), strict=True)
         ),
         tuple(
             _difference(first, second, better, confidence, resamples, seed)
             for first, second in combinations(labelled, 2)
         ),
     )
-
-
-def bootstrap_interval(
-    values: Sequence[float], *, confidence: float = CONFIDENCE, resamples: int = RESAMPLES, seed: int = 0
-) -> Interval:
-    r"""Percentile bootstrap interval of a mean.
-
-        [q_{(1 - confidence)/2}, q_{(1 + confidence)/2}] of the means of `resamples` draws with replacement
-
-    With few values it is too narrow: nominal 95% cover about 83% at n = 5 and 93% at n = 20 (normal values).
-
-    Raises:
-        ValueError: fewer than two values, a confidence outside (0, 1), no resamples.
-
-    Cost: resamples * n draws, held at once.
-    Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
-    """
-    require_number("confidence", confidence, most=0.9999, strict=True)
-    require_integer("resamples", resamples, least=1)
-    require_integer("seed", seed)
-    if len(values) < 2:
-        raise complaint(f"{len(values)} values", "at least two", "Run more seeds.")
-    draws = np.random.default_rng(seed).choice(np.asarray(values, dtype=np.float64), (resamples, len(values)))
-    low, high = np.quantile(draws.mean(axis=1), [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
 
 
 def _difference(
@@ -204,6 +189,14 @@ def _difference(
         ties=len(gains) - wins - losses,
         losses=losses,
     )
+
+
+def _memory(kept: Sequence[Sequence[int]]) -> tuple[float | None, float | None]:
+    """Numbers stored after the last task, and how many a task adds, in the mean over runs; None where not told."""
+    if not all(kept):
+        return None, None
+    grown = [(stored[-1] - stored[0]) / (len(stored) - 1) for stored in kept if len(stored) > 1]
+    return fmean(stored[-1] for stored in kept), fmean(grown) if len(grown) == len(kept) else None
 
 
 def _std(values: Sequence[float]) -> float | None:

@@ -54,8 +54,8 @@ class Data(Section):
     """Where samples come from and how they become tasks.
 
     Attributes:
-        source: `digits`, an address (`npz:PATH`), or the keys of one: `kind`, `path` (for `hf`: `name`), and options
-            such as the columns of a table. For domain_incremental a list of them, one a domain.
+        source: `digits`, `digit_images`, an address (`npz:PATH`), or the keys of one: `kind`, `path` (for `hf`:
+            `name`), and options such as the columns of a table. For domain_incremental a list of them, one a domain.
         scenario: how the source becomes tasks.
         increment: new classes a task.
         base: classes of the first task; `increment` by default.

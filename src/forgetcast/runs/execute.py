@@ -11,7 +11,7 @@ from rich.console import Console
 
 from forgetcast.backbones.weights import weights_hash
 from forgetcast.runs.assembly import PRECISIONS, Assembly, assemble
-from forgetcast.runs.bar import progress_bar
+from forgetcast.runs.bar import learnt_line, progress_bar
 from forgetcast.runs.expected import judged
 from forgetcast.runs.measured import measured
 from forgetcast.runs.metrics_log import MetricsLog
@@ -43,6 +43,7 @@ def execute(recipe: Recipe, root: Path, console: Console | None = None) -> Path:
     made = assemble(recipe, root, accelerator, console)
     started = monotonic()
     elsewhere = made.prepared.numbers_elsewhere
+    stored: list[int] = []
     with (
         _logging(accelerator, made.folder / "metrics.jsonl") as log,
         progress_bar(made.screen, len(made.stream), training.epochs) as bar,
@@ -56,6 +57,10 @@ def execute(recipe: Recipe, root: Path, console: Console | None = None) -> Path:
             track(event)
             if made.screen is not None and event["event"] == "decision":
                 made.screen.print(event["text"], markup=False, highlight=False)
+            if made.screen is not None and event["event"] == "task":
+                line = learnt_line(event, len(made.stream), stored[-1] if stored else None)
+                made.screen.print(line, markup=False, highlight=False, soft_wrap=True)
+                stored.append(event["stored_numbers"])
             if bar is not None:
                 bar.on_event(event)
 

@@ -125,7 +125,9 @@ def prepare(
 
 
 def pretrained_of(model: ModelChoice) -> Pretrained | None:
-    """The pretrained backbone that the section names, or None where it names none.
+    """The backbone with weights and preprocessing of its own that the section names, or None where it names none.
+
+    One that is drawn takes its weights from PyTorch's generator.
 
     Raises:
         ValueError: a model that cannot be loaded.
@@ -134,6 +136,10 @@ def pretrained_of(model: ModelChoice) -> Pretrained | None:
         from forgetcast.backbones.huggingface import huggingface_pretrained
 
         return huggingface_pretrained(model.argument, pooling=model.pooling)
+    if model.kind == "vit":
+        from forgetcast.backbones.drawn import WIDTH, drawn_vit
+
+        return drawn_vit(int(model.argument or WIDTH), pooling=model.pooling)
     if model.kind == "timm":
         from forgetcast.backbones.timm import timm_backbone
 

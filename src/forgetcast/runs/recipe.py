@@ -18,7 +18,7 @@ from forgetcast.runs.options import takes_model
 from forgetcast.runs.section import Section
 from forgetcast.runs.sections import (
     AUGMENTATIONS,
-    PRETRAINED,
+    TRANSFORMERS,
     Checkpoint,
     MethodChoice,
     ModelChoice,
@@ -65,7 +65,7 @@ class Recipe(Section):
         if self.model.cache is not None:
             return self.model.cache
         frozen = self.trainable == "none" and not needs_blocks(self.method.name)
-        return self.model.kind in PRETRAINED and frozen and not self.preprocessing.augments
+        return self.model.kind in TRANSFORMERS and frozen and not self.preprocessing.augments
 
     @model_validator(mode="after")
     def _possible(self) -> "Recipe":
@@ -93,7 +93,7 @@ class Recipe(Section):
         if needs_blocks(self.method.name):
             parts = f"{self.method.name} puts parts of its own into the blocks of a frozen backbone"
             self.model.refuse_set("model", ("trainable", "tuner", "cache"), parts)
-            if self.model.kind not in PRETRAINED:
+            if self.model.kind not in TRANSFORMERS:
                 raise complaint(
                     f"got method.name={self.method.name!r} with model.backbone={self.model.backbone!r}",
                     "a pretrained transformer",

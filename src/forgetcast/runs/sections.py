@@ -12,8 +12,10 @@ from forgetcast.runs.section import AboveZero, AtLeastZero, Count, Probability, 
 from forgetcast.runs.tuner import TunerChoice
 from forgetcast.streams.resized_crop import Interpolation, RandomResizedCrop
 
-BACKBONES = ("identity", "mlp", "hf", "timm")
 PRETRAINED = ("hf", "timm")
+TRANSFORMERS = (*PRETRAINED, "vit")
+BACKBONES = ("identity", "mlp", *TRANSFORMERS)
+SIZED = ("mlp", "vit")
 AUGMENTATIONS = ("random_crop", "resized_crop", "flip")
 
 
@@ -35,12 +37,13 @@ class ModelChoice(Section):
 
     Attributes:
         backbone: "identity" (the inputs, flattened), "mlp" or "mlp:WIDTH" (one hidden ReLU layer, drawn from the seed),
-            "hf:NAME" (a Hugging Face model by name or directory) or "timm:NAME".
+            "vit" or "vit:WIDTH" (a small vision transformer, drawn from the seed), "hf:NAME" (a Hugging Face model by
+            name or directory) or "timm:NAME".
         weights: file with the weights of a timm model; those of the hub by default.
         pooling: how the last hidden states of a Hugging Face model become a feature; by default as the model was made.
         trainable: which parameters of the backbone train: none of them, all that the features depend on, or those
-            whose names match a pattern. By default all of an mlp and none of a pretrained backbone.
-        tuner: small parts put into a frozen pretrained backbone; they train, and it does not.
+            whose names match a pattern. By default all of an mlp and none of a transformer.
+        tuner: small parts put into a frozen transformer; they train, and it does not.
         cache: whether features are computed once and kept on disk; by default where a pretrained backbone is frozen
             and no image is augmented.
         head: kind of head.
@@ -74,16 +77,17 @@ class ModelChoice(Section):
             raise complaint(given, f"{self.kind}:NAME", "Add the name of a model.")
         if self.kind == "identity" and self.argument:
             raise complaint(given, "identity", "Leave out what follows it.")
-        if self.kind == "mlp" and ":" in self.backbone and not (self.argument.isdecimal() and int(self.argument) > 0):
-            raise complaint(given, "mlp, or mlp:WIDTH", "Give a width such as mlp:128.")
-        if self.kind != "hf":
+        sized = self.argument.isdecimal() and int(self.argument) > 0
+        if self.kind in SIZED and ":" in self.backbone and not sized:
+            raise complaint(given, f"{self.kind}, or {self.kind}:WIDTH", f"Give a width such as {self.kind}:128.")
+        if self.kind not in ("hf", "vit"):
             self.refuse_set("model", ("pooling",), f"{self.kind} has no tokens to pool")
         if self.kind != "timm":
             self.refuse_set("model", ("weights",), "only timm:NAME reads them from a file")
         if self.kind == "identity":
             self.refuse_set("model", ("trainable", "cache"), "identity has nothing to train and nothing to compute")
         if self.tuner is not None:
-            if self.kind not in PRETRAINED:
+            if self.kind not in TRANSFORMERS:
                 self.refuse_set("model", ("tuner",), f"{self.kind} is no pretrained transformer")
             self.refuse_set("model", ("trainable",), "with a tuner the backbone itself stays frozen")
         return self

@@ -39,10 +39,17 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
     """The spread of each recipe, and the difference of every two."""
     spreads = Table(title=comparison.metric, box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     spreads.add_column("recipe", overflow="fold")
-    for column in ("seeds", "mean", "std"):
+    for column in ("seeds", "mean", "std", "numbers stored", "more a task"):
         spreads.add_column(column, justify="right")
     for spread in comparison.spreads:
-        spreads.add_row(escape(spread.recipe), str(len(spread.seeds)), _number(spread.mean), _number(spread.std))
+        spreads.add_row(
+            escape(spread.recipe),
+            str(len(spread.seeds)),
+            _number(spread.mean),
+            _number(spread.std),
+            _count(spread.stored),
+            _count(spread.growth, "+"),
+        )
     differences = Table(
         title=f"second minus first, paired over seeds; {comparison.better} is better",
         box=SIMPLE_HEAD,
@@ -67,6 +74,10 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
             f"{pair.wins} / {pair.ties} / {pair.losses}",
         )
     return [spreads, differences]
+
+
+def _count(value: float | None, sign: str = "") -> str:
+    return _NOTHING if value is None else f"{value:{sign},.0f}"
 
 
 def _number(value: object) -> str:

@@ -10,7 +10,7 @@ from urllib.parse import parse_qsl
 from forgetcast.checks import complaint, require_choice
 from forgetcast.streams.files import image_folder, table
 from forgetcast.streams.huggingface import huggingface
-from forgetcast.streams.sources import Source, digits, npz
+from forgetcast.streams.sources import Source, digit_images, digits, npz
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Reader:
 
 READERS = {
     "digits": Reader(digits, None),
+    "digit_images": Reader(digit_images, None),
     "npz": Reader(npz),
     "folder": Reader(image_folder),
     "csv": Reader(partial(table, layout="csv"), required=("text", "label"), optional=("split",)),
@@ -57,9 +58,10 @@ def source_from(address: str) -> Source:
     """The source that an address names.
 
     Args:
-        address: `digits`, `npz:PATH`, `folder:PATH`, `csv:PATH?text=COLUMN&label=COLUMN`, `jsonl:...` likewise (both
-            also `&split=COLUMN`), or `hf:NAME?input=COLUMN&label=COLUMN` (also `&train=`, `&test=`, `&config=`; an
-            empty `test=` says that there is no test split). Names are written as in a URL: %26 is an ampersand.
+        address: `digits`, `digit_images`, `npz:PATH`, `folder:PATH`, `csv:PATH?text=COLUMN&label=COLUMN`, `jsonl:...`
+            likewise (both also `&split=COLUMN`), or `hf:NAME?input=COLUMN&label=COLUMN` (also `&train=`, `&test=`,
+            `&config=`; an empty `test=` says that there is no test split). Names are written as in a URL: %26 is an
+            ampersand.
 
     Raises:
         ValueError: an unknown kind of address, a missing or unknown option, or what the source itself complains about.

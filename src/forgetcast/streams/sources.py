@@ -149,6 +149,13 @@ def digits() -> Source:
     return Source("digits", (inputs / 16).astype(np.float32), labels.astype(np.int64))
 
 
+def digit_images() -> Source:
+    """The same digits as grey images (n, 8, 8, 3) of bytes, for backbones that take images."""
+    plain = digits()
+    grey = (255 * plain.inputs).round().astype(np.uint8).reshape(-1, 8, 8, 1)
+    return Source("digit_images", grey.repeat(3, axis=3), plain.labels, kind="images")
+
+
 def npz(path: Path) -> Source:
     """Arrays `x`, `y`, or `x_train`, `y_train`, `x_test`, `y_test`, of an `.npz` file. Nothing in it is unpickled.
 

@@ -12,15 +12,23 @@ from torch import Tensor, nn
 from forgetcast.checks import complaint, require_choice, require_integer, require_number
 from forgetcast.forecast.network.candidates import Candidate, narrowed, nested
 from forgetcast.forecast.network.choice import Point, choose, exceeds, non_dominated, told
-from forgetcast.forecast.network.entry import ESTIMATORS, Estimator, forecast_from
+from forgetcast.forecast.network.entry import ESTIMATORS, Estimator, chosen_estimator, forecast_from
 from forgetcast.forecast.network.given import Given, Outputs, given
 from forgetcast.forecast.network.head import Restraint
 from forgetcast.forecast.network.plan import FORWARD
-from forgetcast.forecast.network.points import judge, label_share, steps_cost
+from forgetcast.forecast.network.points import Judge, judge, label_share, steps_cost
+from forgetcast.forecast.network.result import NetworkForecast
 from forgetcast.forecast.network.start import Head, read_start
+from forgetcast.forecast.network.within import contains, forecast_within, reading_cost
 from forgetcast.forecast.result import Cost
 from forgetcast.forecast.training import Training
 from forgetcast.tangent.jacobian import Choice
+
+ANCHORS_IN_USE = 32
+"""At most: more than of a forecast, whose what-ifs they would slow; with 32 instead of 8 the accuracies of a ViT after
+the whole way came 2 to 6 points nearer, which few samples had made too low."""
+MOST_SHARED = 0.9
+"""Of a training, what anchors that serve several sets may cost: from 1 on a forecast is the run and has none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +110,7 @@ def advise(
 ) -> Advice:
     r"""Say how many parameters to train on a new task, before any of them trains.
 
-    For every candidate one `forecast` of the same training, and for every length alpha a reading of the point
+    For every candidate a `forecast` of the same training, and for every length alpha a reading of the point
 
         theta(alpha) = theta_old + alpha (theta_end - theta_old)
 
@@ -124,7 +132,8 @@ def advise(
         lengths: shares alpha of the way, in [0, 1].
         parameters: that may train.
         modules: as for `candidates`, of the default ones.
-        budget: cost of each candidate as a share of its training's, readings of its points included.
+        budget: cost as a share of that of all candidates' trainings, readings of points included. Candidates that
+            another contains share its anchors (`forecast_within`).
         max_drop: largest drop of old accuracy that is fine; None for any.
         old_weight: in [0, 1]; by default old labels / (old labels + new labels), so that every class of every side
             counts alike.
@@ -178,7 +187,6 @@ def advise(
     tried = [(each, replace(asked, net=narrowed(asked.net, each))) for each in _tried(asked, candidates, modules)]
     weight = label_share(asked) if old_weight is None else old_weight
     steps = int(getattr(training, "steps", 0))
-    points: list[Point] = []
     run = steps_cost(asked)
     units, reads = 0.0, {"old": 0, "new": 0}
     passes = {"old": 1, "new": int(head == "placed")}
@@ -195,23 +203,33 @@ def advise(
             answers=(answers_now, answers_then, answers_new),
             seed=seed,
         )
-        for place, (candidate, each) in enumerate(tried):
-            found = forecast_from(
-                each,
-                start,
-                estimator=estimator,
-                budget=bench.left(each.net),
-                samples_new=None,
-                seed=seed,
-                on_step=lambda step, done=place * steps: on_step(done + step),  # type: ignore[misc]
-                started=perf_counter(),
-            )
-            made, read = bench.points(each.net, candidate, found, weight)
-            points += made
+        made: dict[int, list[Point]] = {}
+        source: NetworkForecast | None = None
+        shared = _shared([each for _, each in tried], bench, estimator)
+        for done, place in enumerate(shared.order):
+            candidate, each = tried[place]
+            if source is not None and place in shared.within:
+                found = forecast_within(each, start, source)
+            else:
+                found = forecast_from(
+                    each,
+                    start,
+                    estimator=estimator,
+                    budget=shared.budget if place == shared.largest else bench.left(each.net),
+                    samples_new=None,
+                    seed=seed,
+                    on_step=lambda step, done=done * steps: on_step(done + step),  # type: ignore[misc]
+                    started=perf_counter(),
+                    readings=1,
+                    most_anchors=ANCHORS_IN_USE,
+                )
+            source = found if place == shared.largest else source
+            made[place], read = bench.points(each.net, candidate, found, weight)
             units += run * found.share_of_run + FORWARD * sum(read.values())
             reads = {side: reads[side] + read[side] for side in reads}
             passes = {side: passes[side] + found.cost.passes.get(side, 0) for side in passes}
-            on_step((place + 1) * steps)
+            on_step((done + 1) * steps)
+    points = [point for place in range(len(tried)) for point in made[place]]
     best = choose(points, max_drop)
     sizes = {"old": len(asked.old), "new": len(asked.new)}
     passes = {side: passes[side] + round(reads[side] / sizes[side]) for side in passes}
@@ -226,6 +244,38 @@ def advise(
         Cost(perf_counter() - started, passes, estimator),
         units / (run * len(tried)) if run else 0.0,
     )
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """Which candidates are forecast from the anchors of another.
+
+    Attributes:
+        order: of the candidates, by place; those within another come after it.
+        largest: whose anchors serve the others; None where each has its own.
+        within: the others.
+        budget: of the largest.
+    """
+
+    order: tuple[int, ...]
+    largest: int | None
+    within: frozenset[int]
+    budget: float
+
+
+def _shared(tried: Sequence[Given], bench: Judge, estimator: Estimator) -> _Shared:
+    """The anchors of the largest set, for what the sets that it contains would have paid for their own."""
+    every = range(len(tried))
+    alone = _Shared(tuple(every), None, frozenset(), 0.0)
+    largest = max(every, key=lambda place: sum(value.numel() for value in tried[place].net.body.values()))
+    asked = tried[largest]
+    if bench.budget >= 1 or not bench.run or chosen_estimator(estimator, asked.net, asked.training) != "anchored":
+        return alone
+    within = frozenset(place for place in every if place != largest and contains(asked.net, tried[place].net))
+    left = sum(bench.left(tried[place].net) for place in (largest, *within))
+    budget = left - len(within) * reading_cost(len(asked.old)) / bench.run
+    order = (largest, *(place for place in every if place != largest))
+    return _Shared(order, largest, within, min(budget, MOST_SHARED)) if within else alone
 
 
 def _tried(

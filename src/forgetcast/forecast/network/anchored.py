@@ -19,7 +19,7 @@ from forgetcast.forecast.network.samples import Samples
 from forgetcast.forecast.network.stock import Stock
 from forgetcast.forecast.network.surrogate import Objective, Sight, Surrogate, directed, surrogate
 from forgetcast.forecast.network.walker import Path, Place, Walker, batching_of, follow
-from forgetcast.forecast.network.window import anchors_in_use
+from forgetcast.forecast.network.window import MOST_ANCHORS, anchors_in_use
 from forgetcast.forecast.simulate import batches
 from forgetcast.forecast.training import SGD, AdamW, GradientDescent, Training
 from forgetcast.tangent.passes import Work, prepared
@@ -65,6 +65,7 @@ def anchored_path(
     population: int | None = None,
     stock: Stock | None = None,
     keep: bool = True,
+    most_anchors: int = MOST_ANCHORS,
     on_step: Callable[[int], None] = lambda _: None,
 ) -> Path:
     """Follow the training along its anchors.
@@ -78,6 +79,7 @@ def anchored_path(
         population: new samples of the training, where `new` are some of them.
         stock: their features at the start, if they have been read: for the head's own training.
         keep: whether the surrogates are kept, for what-ifs.
+        most_anchors: in use together.
         on_step: called with the number of each step that is done.
 
     Raises:
@@ -120,7 +122,9 @@ def anchored_path(
                     net, work, chosen, training, weights, step, ahead, unread[taken].to(device), taken.to(device)
                 )
                 unread[taken] = False
-                windows.append(plan.window if plan.exact else _anchors_in_use(walker, misses, newest, plan.window))
+                windows.append(
+                    plan.window if plan.exact else _in_use(walker, misses, newest, plan.window, most_anchors)
+                )
                 walker.take(newest, windows[-1])
                 index += 1
                 if plan.exact:
@@ -164,12 +168,12 @@ def _sight(net: Network, training: SGD | AdamW | GradientDescent, walker: Walker
     return ahead
 
 
-def _anchors_in_use(walker: Walker, misses: Sequence[tuple[float, float]], newest: Surrogate, least: int) -> int:
+def _in_use(walker: Walker, misses: Sequence[tuple[float, float]], newest: Surrogate, least: int, most: int) -> int:
     size = sum(actual for _, actual in misses)
     if len(misses) < LEAST_MISSES or size == 0:
         return least
     staleness = (sum(error for error, _ in misses) / size) ** 0.5
-    return anchors_in_use(walker.noise(), staleness, newest.effective, least)
+    return anchors_in_use(walker.noise(), staleness, newest.effective, least, most)
 
 
 def _miss(net: Network, new: Samples, near: Surrogate, taken: Tensor, place: Place, count: int) -> tuple[float, float]:

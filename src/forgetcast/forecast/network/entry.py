@@ -1,6 +1,6 @@
 """`forecast`: what fine-tuning a network on new data will do to its old answers, before the first gradient step."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from math import ceil
 from time import perf_counter
@@ -10,22 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from forgetcast.checks import complaint, require_choice, require_integer, require_number
+from forgetcast.forecast.network.along import along, start_reading
 from forgetcast.forecast.network.anchored import anchored_path
 from forgetcast.forecast.network.closed import closed
 from forgetcast.forecast.network.draw import draw
 from forgetcast.forecast.network.given import Given, Outputs, given
 from forgetcast.forecast.network.head import Network, Restraint
 from forgetcast.forecast.network.pilot import trained_path
-from forgetcast.forecast.network.plan import FORWARD, HALF_OLD, Budget, plan_anchors
-from forgetcast.forecast.network.result import NetworkForecast, Reading, read_at
+from forgetcast.forecast.network.plan import FORWARD, Budget, plan_anchors
+from forgetcast.forecast.network.result import NetworkForecast
 from forgetcast.forecast.network.samples import Samples
 from forgetcast.forecast.network.start import Head, Start, degenerate, pulls, read_start
-from forgetcast.forecast.network.steps import Batching
 from forgetcast.forecast.network.stock import stock
 from forgetcast.forecast.network.surrogate import Objective
-from forgetcast.forecast.network.trust import Trust
-from forgetcast.forecast.network.walker import Path, Place, batching_of, follow
-from forgetcast.forecast.result import Cost
+from forgetcast.forecast.network.walker import Path, batching_of
+from forgetcast.forecast.network.window import MOST_ANCHORS
 from forgetcast.forecast.training import SGD, AdamW, GradientDescent, Training
 from forgetcast.tangent.jacobian import Choice
 
@@ -126,65 +125,47 @@ def forecast_from(
     seed: int,
     on_step: Callable[[int], None],
     started: float,
+    readings: int = 3,
+    most_anchors: int = MOST_ANCHORS,
 ) -> NetworkForecast:
-    """As `forecast`, of what has been checked and of a model that stands at a start that has been read."""
+    """As `forecast`, of what has been checked and of a model that stands at a start that has been read.
+
+    `readings` is how often the old samples are read on the way at most, `most_anchors` how many are in use together.
+    """
     net, old_samples, new_samples, training = asked.net, asked.old, asked.new, asked.training
-    described, head, phi, scores = asked.described, start.head, start.new, start.scores
-    before = Reading(0, Place(net.theta(), net.weight(), net.bias()), start.old)
-    estimator = _choose(estimator, net, training)
+    estimator = chosen_estimator(estimator, net, training)
     if estimator in ("linear", "static"):
-        return closed(net, before, old_samples, new_samples, training, described, estimator, started, phi)
+        before = start_reading(net, start)
+        return closed(net, before, old_samples, new_samples, training, asked.described, estimator, started, start.new)
     assert isinstance(training, SGD | AdamW | GradientDescent)
     batching = batching_of(training, len(new_samples))
-    blind_start = degenerate(net, new_samples, training)
-    look = scores is None and not blind_start and estimator == "anchored"
+    look = start.scores is None and estimator == "anchored" and not degenerate(net, new_samples, training)
     plan = plan_anchors(
         steps=training.steps,
         batch=round(batching.size),
         new=len(new_samples) if samples_new is None else min(samples_new, len(new_samples)),
         old=len(old_samples),
         budget=budget,
+        readings=readings,
         look=look,
         half=estimator == "anchored",
     )
     if estimator == "pilot":
         path, plan = _pilot(net, new_samples, training, plan, budget, len(old_samples), on_step)
     else:
-        path = _anchored(net, new_samples, training, plan, phi, scores, samples_new, seed, on_step)
-    readings = (before, *(read_at(net, old_samples, step, place) for step, place in sorted(path.places.items())))
-    sampling = None
-    if path.surrogates and not plan.exact and max(len(near) for near in path.surrogates) > 1:
-        sampling = _sampling_error(net, old_samples, training, path, readings, batching)
-    silent = bool(net.body) and bool(path.surrogates) and not bool(path.surrogates[0].gradients.any())
-    blind = sum(path.blind) / max(len(path.blind), 1)
-    passes = {"old": len(readings) - 1 + (sampling is not None), "new": round(plan.new_cost / len(new_samples))}
-    return NetworkForecast(
-        drift=readings[-1].logits - before.logits,
-        logits_before=before.logits,
-        targets=old_samples.targets,
-        settings={
-            "training": described,
-            "estimator": estimator,
-            "budget": budget,
-            "head": head,
-            "seed": seed,
-            "restraint": net.restraint is not None,
-        },
-        cost=Cost(perf_counter() - started, passes, estimator),
-        estimator=estimator,
-        trust=Trust(sampling, path.surrogate_error, blind, blind_start, plan.exact, silent),
-        share_of_run=plan.share,
-        readings=readings,
-        batching=batching,
-        training=training,
-        _net=net,
-        _surrogates=path.surrogates,
-        _windows=path.windows,
-        _stock=path.stock,
-    )
+        path = _anchored(
+            net, new_samples, training, plan, start.new, start.scores, samples_new, seed, on_step, most_anchors
+        )
+    settings = {"estimator": estimator, "budget": budget, "seed": seed}
+    return along(asked, start, path, plan, settings, estimator=estimator, started=started)
 
 
-def _choose(estimator: Estimator, net: Network, training: Training) -> Estimator:
+def chosen_estimator(estimator: Estimator, net: Network, training: Training) -> Estimator:
+    """What "auto" comes to.
+
+    Raises:
+        ValueError: an estimator that does not fit.
+    """
     only_head = (
         net.head is not None and not net.body and set(net.of_head) == {name for name, _ in net.head.named_parameters()}
     )
@@ -225,6 +206,7 @@ def _anchored(
     samples_new: int | None,
     seed: int,
     on_step: Callable[[int], None],
+    most_anchors: int,
 ) -> Path:
     pool = new
     if samples_new is not None and samples_new < len(new) and not plan.exact:
@@ -242,7 +224,18 @@ def _anchored(
     held = None
     if phi is not None and pool.targets is not None and net.of_head and net.body:
         held = stock(phi, Objective(training, pool.targets, net.outputs), len(pool) == len(new))
-    return anchored_path(net, pool, training, plan, drawn, population=len(new), stock=held, keep=keep, on_step=on_step)
+    return anchored_path(
+        net,
+        pool,
+        training,
+        plan,
+        drawn,
+        population=len(new),
+        stock=held,
+        keep=keep,
+        most_anchors=most_anchors,
+        on_step=on_step,
+    )
 
 
 def _pilot(
@@ -269,30 +262,3 @@ def _pilot(
     path = trained_path(net, new, training, plan.readings, samples=samples, on_step=on_step)
     new_cost = float(samples * training.steps)
     return path, replace(plan, cost=new_cost + reading, new_cost=new_cost, anchors=(), looked=0, checks=0)
-
-
-def _sampling_error(
-    net: Network,
-    old: Samples,
-    training: SGD | AdamW | GradientDescent,
-    path: Path,
-    readings: Sequence[Reading],
-    batching: Batching,
-) -> float | None:
-    """How far the old drift moves with every other sample of each anchor, and the noise of a run's batches."""
-    halves = [near.part(torch.arange(0, len(near), 2)) for near in path.surrogates]
-    step = readings[-1].step
-    windows = [2 * count for count in path.windows]  # as many samples in use, so that the optimiser sees as much noise
-    noise = torch.Generator().manual_seed(0)
-    again = follow(
-        net, training, readings[0].place, halves, [step], batching, windows, generator=noise, stock=path.stock
-    )
-    place = again.places[step]
-    few = torch.linspace(0, len(old) - 1, min(len(old), HALF_OLD)).long()
-    before = readings[0].logits[few.to(net.device)]
-    drift = readings[-1].logits[few.to(net.device)] - before
-    size = float(drift.double().norm())
-    if size == 0:
-        return None
-    half = read_at(net, old.at(few), step, place).logits - before
-    return float((half - drift).double().norm()) / size

@@ -144,7 +144,7 @@ class Network:
         """Features of a forward pass: what the head was given, or the logits."""
         return self.read(found) if self.head is None else kept[0]
 
-    def features(self, samples: Samples, chunk: int = 256) -> Float[Tensor, "n d"]:
+    def features(self, samples: Samples, chunk: int = 64) -> Float[Tensor, "n d"]:
         """Features of all samples at the model's present parameters. Cost: one forward pass."""
         parts = []
         with torch.no_grad(), evaluating(self.model), self.tapped() as kept:

@@ -139,7 +139,7 @@ def shaken_weights(
     return factors
 
 
-def anchors_in_use(noise: float, staleness: float, samples: float, least: int) -> int:
+def anchors_in_use(noise: float, staleness: float, samples: float, least: int, most: int = MOST_ANCHORS) -> int:
     r"""How many anchors together give the sharpest gradient.
 
     Of k anchors the noise is rho^2 / (n k) of the squared gradient, and what has changed since they were taken is about
@@ -152,9 +152,10 @@ def anchors_in_use(noise: float, staleness: float, samples: float, least: int) -
         staleness: epsilon, `||predicted - actual|| / ||actual||` of the features' motion from one anchor to the next.
         samples: n, of an anchor.
         least: k at least.
+        most: k at most, unless `least` is more.
     """
     k = (noise / (2 * samples * (STALENESS * max(staleness, 1e-6)) ** 2)) ** (1 / 3)
-    return max(least, min(int(k), MOST_ANCHORS))
+    return max(least, min(int(k), most))
 
 
 def _window(parts: tuple[Surrogate, ...], shift: Tensor | None) -> Window:
