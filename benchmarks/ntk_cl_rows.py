@@ -24,7 +24,7 @@ SGD = Optimization(
 )
 """As the paper trains CIFAR-100, but for the number of epochs (20 there)."""
 ADAMW = Optimization(epochs=2, batch_size=16)
-SGD_RATES, ADAMW_RATES = (0.01, 0.025, 0.1, 0.3), (3e-4, 1e-3, 3e-3, 1e-2)
+SGD_RATES, ADAMW_RATES = (0.003, 0.01, 0.025, 0.1), (1e-4, 3e-4, 1e-3, 3e-3)
 PARTS = ("prompts", "fusion", "contrast", "orthogonality", "averaging")
 TERMS = ("contrast", "orthogonality", "drift")
 

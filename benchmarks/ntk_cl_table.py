@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from itertools import combinations
-from multiprocessing.pool import Pool
 from pathlib import Path
 from statistics import fmean
 from time import process_time
@@ -24,6 +23,7 @@ from benchmarks.ntk_cl_page import page
 from benchmarks.ntk_cl_rows import ROWS, SETTING, TUNERS, Row
 from benchmarks.projection_runs import Features, Table
 from benchmarks.projection_settings import Cached, stream_of
+from benchmarks.rows import chosen, complete
 from benchmarks.tables import arguments_of
 from forgetcast.heads.linear import Linear
 from forgetcast.heads.sectioned import Sectioned
@@ -38,7 +38,7 @@ from forgetcast.streams.stream import Stream
 from forgetcast.tangent.blocks import TaskKernels
 
 SEEDS = (0, 1, 2)
-TUNING_SEED, TUNING_TASKS = 100, 5
+TUNING_SEED = 100
 VOTES: Mapping[str, tuple[float, float]] = {"averaged alone": (1.0, 0.0), "current alone": (0.0, 1.0)}
 """Other weights of the averaged and the current section."""
 BRANCHES = ("adapters", "prompts", "fused")
@@ -63,8 +63,7 @@ def work(job: Job) -> tuple[Job, Table]:
     seed_everything(seed)
     method = row.made(inherited["folder"])
     means = Features(method, stream, SETTING.width) if isinstance(method.model.head, Linear) else None
-    until = TUNING_TASKS if validation else None
-    done = learn(method, stream, row.at(rate), seed=seed, on_event=means or (lambda _: None), until=until)
+    done = learn(method, stream, row.at(rate), seed=seed, on_event=means or (lambda _: None))
     found: Table = {
         "metrics": all_metrics(done.accuracy_matrix),
         "accuracy_matrix": done.accuracy_matrix,
@@ -113,11 +112,6 @@ def interplay(network: Network, stream: Stream) -> dict[str, dict[str, float]]:
     return found
 
 
-def key_of(row: Row, seed: int, rate: float | None) -> str:
-    """Place in the JSON."""
-    return f"{row.label} / seed {seed} / rate {rate}"
-
-
 def identity_of(job: Job, data: str) -> Any:
     """All that decides the numbers of a run, but for the code."""
     row, rate, *_ = job
@@ -126,48 +120,25 @@ def identity_of(job: Job, data: str) -> Any:
     return json.loads(json.dumps({**decided, "data": data}))
 
 
-def complete(store: Store, pool: Pool, jobs: Sequence[Job], data: str, part: str) -> Table:
-    """Measure what is missing of some runs, and drop those of the same rows at other rates; written after each."""
-    place: Table = store.all.setdefault(part, {})
-    keys = [key_of(row, seed, rate) for row, rate, seed, _ in jobs]
-    known = {key: identity_of(job, data) for key, job in zip(keys, jobs, strict=True)}
-    measured = {row.label for row, *_ in jobs}
-    for key in [key for key, one in place.items() if one["label"] in measured and key not in known]:
-        del place[key]
-    missing = [job for job, key in zip(jobs, keys, strict=True) if place.get(key, {}).get("identity") != known[key]]
-    for count, ((row, rate, seed, _), found) in enumerate(pool.imap_unordered(work, missing), 1):
-        key = key_of(row, seed, rate)
-        place[key] = {"identity": known[key], "label": row.label, "seed": seed, "rate": rate, **found}
-        store.save()
-        reached = [100 * found["metrics"][name] for name in ("average_accuracy", "last_accuracy")]
-        cells = f"{reached[0]:.1f} {reached[1]:.1f}, {found['cpu_seconds']:.0f} s"
-        print(f"{count} of {len(missing)}: {key}: {cells}", flush=True)
-    return place
-
-
-def chosen(tuned: Table) -> dict[str, float]:
-    """Of each row's rates the one with the highest average accuracy: over all stages it is less noisy than the last."""
-    best: dict[str, tuple[float, float]] = {}
-    for one in tuned.values():
-        reached = one["metrics"]["average_accuracy"]
-        best[one["label"]] = max(best.get(one["label"], (-1.0, 0.0)), (reached, one["rate"]))
-    return {label: rate for label, (_, rate) in best.items()}
-
-
 def measure(store: Store, folder: Path, rows: Sequence[Row], workers: int) -> None:
     """The whole table."""
     cached = SETTING.cached(folder).shared()
     data = cached.source("vit").hash
     packages = ("torch", "transformers", "peft", "numpy")
-    store.all |= {"machine": floor(), "seeds": list(SEEDS), "tuning_seed": TUNING_SEED, "tuning_tasks": TUNING_TASKS}
+    store.all |= {"machine": floor(), "seeds": list(SEEDS), "tuning_seed": TUNING_SEED}
     store.all |= {"versions": {name: version(name) for name in packages}, "title": SETTING.title}
     with get_context("spawn").Pool(workers, begin, (cached, folder)) as pool:
+
+        def completed(jobs: Sequence[Job], part: str) -> Table:
+            place = store.all.setdefault(part, {})
+            return complete(store, place, pool, work, jobs, [identity_of(job, data) for job in jobs])
+
         tried = [(row, rate, TUNING_SEED, True) for row in rows if row.tuned_with is None for rate in row.rates]
-        rates = chosen(complete(store, pool, tried, data, "tuning"))
+        rates = chosen(completed(tried, "tuning"))
         store.all["rates"] = rates
         for some in ([row for row in rows if row.tuned_with is None], [row for row in rows if row.tuned_with]):
             jobs = [(row, rates.get(row.source), seed, False) for seed in SEEDS for row in some]
-            complete(store, pool, jobs, data, "runs")
+            completed(jobs, "runs")
 
 
 if __name__ == "__main__":
