@@ -31,6 +31,8 @@ features are shown.
 seconds of the whole run, evaluation included."""
 
 TITLES = "| row | rate | average | last | last - frozen class means | stored | s |"
+TELLING = 1.0
+"""Points from frozen class means, by less of which a row has hardly trained."""
 ABLATED = "| row | average | last | average, less than `corrected` by | last, less by |"
 
 
@@ -160,6 +162,14 @@ def _reading(rows: Mapping[str, Mapping[int, Table]], main: Sequence[str]) -> li
     if MAIN in rows:
         ahead = [label for label in main if fmean(points(rows[label], LAST)) > fmean(points(rows[MAIN], LAST))]
         found.append(f"Rows with a higher last accuracy than `corrected`: {', '.join(ahead) or 'none'}.")
+    if MAIN in rows and FROZEN in rows:
+        gap = fmean(gaps(rows, MAIN, FROZEN, LAST))
+        if abs(gap) < TELLING:
+            found.append(
+                f"Mind what this table can tell: at the rate that validation chooses, `corrected` is {gap:+.1f} points "
+                "from class means of the frozen features. With so few images more training costs accuracy, so that the "
+                "least is chosen, and no part of a method has much to act on."
+            )
     return found
 
 
