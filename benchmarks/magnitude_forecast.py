@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.multiprocessing import get_context
 
 from benchmarks.forecast_settings import Data, Setting, image_data, image_model, text_data, text_model, with_lora
-from benchmarks.forecast_table import BATCH, EPOCHS, seen_by, seen_from, started_with, taken, training_on
+from benchmarks.forecast_table import BATCH, seen_by, seen_from, started_with, taken, training_on
 from benchmarks.machine import RESULTS, floor
 from benchmarks.magnitude_forecast_page import page
 from benchmarks.method_runs import Store
@@ -43,7 +43,8 @@ TRANSITIONS = 3
 LENGTHS = (0.5, 1.0)
 HEADS: tuple[Head, ...] = ("as_is", "placed")
 """Whether the advice finds the rows placed, or places them itself and keeps the features that it reads for it."""
-BUDGET = 0.12
+EPOCHS = 5
+BUDGET = 0.11
 OLD = 200
 TEXTS, MORE_TEXTS = 60, 10
 IMAGES, MORE_IMAGES, TEST_IMAGES = 150, 15, 60
@@ -127,7 +128,7 @@ def transition(
     read, kept = in_two(data.test, data.test_labels, known, max(1, OLD // len(known)), "old")
     validation, new = in_two(data.train, data.train_labels, classes, more, "new")
     test = seen_from(data.test, data.test_labels, classes, "test")
-    training = replace(training_on(new, classes, seed), learning_rate=rate)
+    training = replace(training_on(new, classes, seed, EPOCHS), learning_rate=rate)
     net = seen_by(model, new)
     assert net.head is not None
     assert new.targets is not None
