@@ -124,6 +124,7 @@ def test_it_learns_and_counts_what_it_keeps(name):
     assert stored_numbers(method.state_dict()) >= stored_numbers(dict(method.model.state_dict()))
 
 
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize("name", CASES)
 def test_resumed_run_is_the_whole_run(name, tmp_path):
     whole, matrix = trained(name)

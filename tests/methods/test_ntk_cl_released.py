@@ -118,7 +118,7 @@ def built(case: str, *, known: int = KNOWN) -> NTKCL:
     options = {"prompts": 3, "rank": 4, "dropout": 0.0, "pretrained": case == "pretrained", "contrast": 0.03}
     method = NTKCL(backbone, WIDTH, recipe="released", tasks=9, **options)
     network = method.network
-    network.build(197)
+    network.build(197, True)
     network.double()
     network.fusion.drop = 0.0
     head = method.model.head

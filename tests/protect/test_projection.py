@@ -78,6 +78,7 @@ def outputs(model: nn.Module, inputs: Tensor) -> list[Tensor]:
         return model(inputs)
 
 
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("optimizer", "clip"), [(name, None) for name in OPTIMIZERS] + [("adamw", 0.1)])
 def test_two_old_tasks_keep_every_blocks_outputs(optimizer, clip, bias):

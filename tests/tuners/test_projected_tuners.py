@@ -50,6 +50,7 @@ def learn(model, parameters, kind: str, seed: int, optimizer, steps: int) -> Non
         optimizer.step()
 
 
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.filterwarnings("ignore:.*of their directions free")
 @pytest.mark.parametrize(("kind", "name", "optimizer"), CASES)
 def test_old_hidden_states_stay(kind, name, optimizer):

@@ -31,6 +31,7 @@ from forgetcast.protect.parameters import evaluating
 from forgetcast.protect.processes import of_whole_batch, own_rows
 from forgetcast.tuners.adapter import Bottleneck
 from forgetcast.tuners.anatomy import Anatomy, anatomy
+from forgetcast.tuners.first_token import reads_first_token_alone
 from forgetcast.tuners.generated import Added, Gated, Generator, Inserted, Read
 from forgetcast.tuners.sections import Branch, Sections, tokens_of, width_of
 
@@ -67,26 +68,27 @@ class Network(nn.Module):
     Args:
         backbone: a transformer that normalises before attention and feed-forward network.
         parts: where its blocks are.
-        make: of the backbone and its number of tokens, the sections and the fusion.
+        make: of the backbone, its number of tokens and whether features are of the first alone, the sections and the
+            fusion.
     """
 
     def __init__(
-        self, backbone: nn.Module, parts: Anatomy, make: Callable[[nn.Module, int], tuple[Sections, nn.Module]]
+        self, backbone: nn.Module, parts: Anatomy, make: Callable[[nn.Module, int, bool], tuple[Sections, nn.Module]]
     ) -> None:
         super().__init__()
         self.backbone: nn.Module | None = backbone.requires_grad_(False)
         self.parts, self.make = parts, make
-        self.tokens = 0
+        self.tokens, self.first_token = 0, False
         self.sections: Sections | None = None
         self.fusion: nn.Module | None = None
         self.proxy: Cosine | None = None
 
-    def build(self, tokens: int) -> None:
+    def build(self, tokens: int, first_token: bool) -> None:
         """Put the branches in."""
         assert self.backbone is not None
         device = next(self.backbone.parameters()).device
-        sections, fusion = self.make(self.backbone, tokens)
-        self.tokens, self.backbone = tokens, None
+        sections, fusion = self.make(self.backbone, tokens, first_token)
+        self.tokens, self.first_token, self.backbone = tokens, first_token, None
         self.sections, self.fusion = sections.to(device), fusion.to(device)
         self.train(self.training)
 
@@ -213,9 +215,12 @@ class NTKCL(Method):
 
     def begin_task(self, task: TaskData) -> None:
         """New proxies, and what the terms compare with."""
-        if self.network.backbone is not None:
-            inputs = next(iter(task.batches())).inputs
-            self.network.build(tokens_of(self.network.backbone, self.network.parts, inputs))
+        backbone, parts = self.network.backbone, self.network.parts
+        if backbone is not None:
+            inputs = next(iter(task.batches())).inputs[:2]
+            with evaluating(backbone):
+                alone = reads_first_token_alone(backbone, parts, inputs)
+            self.network.build(tokens_of(backbone, parts, inputs), alone)
         super().begin_task(task)
         self.network.propose(len(task.classes))
         self._compare([output for output in task.seen if output not in task.classes])
@@ -264,6 +269,7 @@ class NTKCL(Method):
         network = self.network
         own = {
             "tokens": network.tokens,
+            "first_token": network.first_token,
             "proxies": 0 if network.proxy is None else len(network.proxy.weight),
             "before": dict(self.before),
             "old": list(self.old),
@@ -275,7 +281,7 @@ class NTKCL(Method):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave."""
         if state["tokens"]:
-            self.network.build(state["tokens"])
+            self.network.build(state["tokens"], state["first_token"])
             self.network.propose(state["proxies"])
         super().load_state_dict(state)
         self.before, self.skipped = dict(state["before"]), state["skipped"]
@@ -322,7 +328,7 @@ class NTKCL(Method):
     def _copied(self) -> dict[str, Tensor]:
         return {name: value.detach().clone() for name, value in self._weights().items()}
 
-    def _made(self, backbone: nn.Module, tokens: int) -> tuple[Sections, nn.Module]:
+    def _made(self, backbone: nn.Module, tokens: int, first_token: bool) -> tuple[Sections, nn.Module]:
         network, ways = self.network, self.ways
         width, blocks = width_of(backbone, network.parts), len(network.parts.blocks)
         adapter = partial(Bottleneck, width, width, self.rank, "relu", self.scale, True, self.dropout)
@@ -333,8 +339,14 @@ class NTKCL(Method):
         else:
             inserted = partial(Generator, tokens, self.prompts, width, zero=True)
             prompts = Branch(inserted, blocks, partial(Inserted, length=self.prompts, scale=self.scale))
-        still = ways.averaging == "corrected"
-        sections = Sections(backbone, network.parts, (adapters, prompts), pretrained=self.pretrained, still=still)
+        sections = Sections(
+            backbone,
+            network.parts,
+            (adapters, prompts),
+            pretrained=self.pretrained,
+            still=ways.averaging == "corrected",
+            first_token=first_token,
+        )
         if ways.fusion == "corrected":
             return sections, SectionAttention(width, self.fusion_rank)
         return sections, OneToken(width * sections.count)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from forgetcast.checks import complaint, require_number
 from forgetcast.tuners.anatomy import Anatomy, widths
+from forgetcast.tuners.first_token import FirstToken
 from forgetcast.tuners.stream import Pass, Stream
 
 Begin = Callable[[nn.ModuleList], Pass]
@@ -62,6 +63,8 @@ class Sections(nn.Module):
         branches: the two.
         pretrained: whether there is a section without any part.
         still: whether averaged parts are in evaluation mode also while the others train.
+        first_token: whether features are of the first token alone (`reads_first_token_alone`), so that the last
+            feed-forward network need not read the others.
 
     Attributes:
         count: S, sections of a branch.
@@ -69,12 +72,20 @@ class Sections(nn.Module):
     """
 
     def __init__(
-        self, backbone: nn.Module, parts: Anatomy, branches: Sequence[Branch], *, pretrained: bool, still: bool = True
+        self,
+        backbone: nn.Module,
+        parts: Anatomy,
+        branches: Sequence[Branch],
+        *,
+        pretrained: bool,
+        still: bool = True,
+        first_token: bool = False,
     ) -> None:
         super().__init__()
         self.backbone = backbone.requires_grad_(False)
         self.branches = nn.ModuleList(branches)
-        self.pretrained, self.still = pretrained, still
+        self.pretrained, self.still, self.first_token = pretrained, still, first_token
+        self.last = len(parts.blocks) - 1
         self.count = 2 + pretrained
         self.width = width_of(backbone, parts)
         self.stream = Stream(backbone, parts)
@@ -85,12 +96,12 @@ class Sections(nn.Module):
         Cost: two passes with gradient, two without, one more with a pretrained section.
         """
         with torch.no_grad():
-            shared = [self.backbone(inputs)] if self.pretrained else []
+            shared = [self._run(Pass(), inputs)] if self.pretrained else []
         found = []
         for branch in cast("Sequence[Branch]", self.branches):
             with torch.no_grad():
-                averaged = self._run(branch, branch.average, inputs)
-            found.append(torch.stack([*shared, averaged, self._run(branch, branch.current, inputs)], 1))
+                averaged = self._run(branch.begin(branch.average), inputs)
+            found.append(torch.stack([*shared, averaged, self._run(branch.begin(branch.current), inputs)], 1))
         return torch.stack(found, 1)
 
     def train(self, mode: bool = True) -> "Sections":
@@ -106,8 +117,8 @@ class Sections(nn.Module):
         for branch in cast("Sequence[Branch]", self.branches):
             branch.fold(tasks, decay)
 
-    def _run(self, branch: Branch, parts: nn.ModuleList, inputs: Tensor) -> Float[Tensor, "n d"]:
-        with self.stream.along(branch.begin(parts)):
+    def _run(self, one: Pass, inputs: Tensor) -> Float[Tensor, "n d"]:
+        with self.stream.along(FirstToken(one, self.last) if self.first_token else one):
             found: Tensor = self.backbone(inputs)
         return found
 

@@ -88,6 +88,7 @@ def counted(model):
 SURVEY = 8  # samples that are looked at first, to find the head and how gradients are to be had
 
 
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize(("budget", "old", "steps"), [(0.3, 20, 80), (0.6, 200, 80), (0.15, 5, 300), (0.9, 40, 12)])
 @pytest.mark.parametrize("head", ["as_is", "placed"])
 def test_what_is_counted_is_what_is_done(head, budget, old, steps):
@@ -132,6 +133,7 @@ def test_progress_is_told(estimator):
     assert told == list(range(1, 31))
 
 
+@pytest.mark.usefixtures("unchecked_types")
 def test_more_budget_is_more_like_the_run():
     """Median over seeds of the error, halved at least from a small budget to a large one."""
     errors: dict[float, list[float]] = {0.2: [], 0.9: []}

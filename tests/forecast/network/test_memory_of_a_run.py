@@ -108,6 +108,7 @@ def test_a_sample_is_read_once_an_epoch(step, often):
     assert visits(replace(training, reduction="sum"), BATCHING, step)[1] == pytest.approx(8 * length)
 
 
+@pytest.mark.usefixtures("unchecked_types")
 def test_a_run_of_some_epochs_is_forecast_better_for_it(monkeypatch):
     """Labels of noise can only be fitted by heart; a forecast that forgets this takes them for hard and moves on."""
     errors, sizes = torch.zeros(2), torch.zeros(2)

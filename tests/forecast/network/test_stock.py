@@ -39,6 +39,7 @@ def task(seed: int, count: int = 120) -> tuple[tuple[Tensor, Tensor], tuple[Tens
     return of(torch.arange(40) % 2), of(2 + torch.arange(count) % 3)
 
 
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize(
     "training",
     [

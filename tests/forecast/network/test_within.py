@@ -81,6 +81,7 @@ def test_features_are_taken_back_to_where_the_others_stand():
 HEAD = ("head.weight", "head.bias")
 
 
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize(("name", "head"), [("perceptron", "as_is"), ("adapter", "as_is"), ("lora", "placed")])
 def test_shared_anchors_come_nearer_to_the_real_training_than_own_ones(name, head):
     """At equal cost, on average over candidates and draws."""
