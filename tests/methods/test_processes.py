@@ -31,6 +31,7 @@ def test_a_process_without_a_sample_of_its_own_is_among_the_cases():
     assert len(stream()[1].train) % OPTIMIZATION.batch_size == 1
 
 
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize("name", METHODS)
 def test_two_processes_end_as_one(name, ends):
     # a closed form reads every sample on each process; steps sum gradients in another order

@@ -1,4 +1,4 @@
-"""The last feed-forward network for the first token alone: the same feature and gradients, where no other token counts."""
+"""The last feed-forward network for the first token alone: the same feature and gradients, where no other counts."""
 
 from functools import partial
 

@@ -211,6 +211,7 @@ def test_with_the_whole_budget_it_is_the_real_run(name, estimator):
     assert (forecast._net.head is not None) == made.head
 
 
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize("name", KINDS)
 def test_with_part_of_it_the_forecast_is_near_and_the_model_as_it_was(name):
     made, old, new = given(name)

@@ -87,6 +87,7 @@ def test_classes_move_as_their_samples_at_anchors_do(seed, classes):
         assert torch.allclose(slope.second, rows.square().mean(0))
 
 
+@pytest.mark.usefixtures("unchecked_types")
 def test_the_order_of_the_run_is_known():
     torch.manual_seed(0)
     model = Still().double()

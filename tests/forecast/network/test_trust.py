@@ -59,6 +59,7 @@ def test_what_cannot_check_itself_is_not_trusted():
         assert "nothing to check it by" in trust.reason
 
 
+@pytest.mark.usefixtures("unchecked_types")
 def test_calm_trainings_are_trusted_and_noise_is_not():
     """On most seeds: many samples of a task with little noise; a few of labels that mean nothing, one a batch."""
     calm, noisy = [], []
@@ -75,6 +76,7 @@ def test_calm_trainings_are_trusted_and_noise_is_not():
     assert "raise the budget" in doubted.reason
 
 
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize("value", [0.0, 0.3], ids=["zero rows", "equal rows"])
 def test_equal_rows_of_a_fresh_head_are_named(value):
     model, old, new = network_and_task("perceptron", old=10, new=60)

@@ -33,6 +33,7 @@ def run():
     return made(RUN)[1]
 
 
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize(
     ("name", "dtype"), [*((name, torch.float64) for name in TRAININGS if name != "order"), ("adam", torch.float32)]
 )
@@ -70,6 +71,7 @@ def test_a_smaller_rate_drifts_less_and_a_tiny_one_not(run):
     assert run.what_if(steps=0).drift.abs().max() == 0
 
 
+@pytest.mark.usefixtures("unchecked_types")
 def test_what_it_says_is_near_what_a_forecast_of_its_own_says():
     """Median over seeds of the cosine between both."""
     cosines = []
