@@ -26,12 +26,14 @@ Two ways: *as_is*, the advice finds the rows placed, and what it forecasts of th
 is learnt from its few samples; *placed*, it places them itself (`head="placed"`), which takes one pass over the new
 samples that the trainings need as well, and follows the head on the features of all of them. Sets of modules are
 followed along the anchors of the largest. How many anchors are in use together (32) was set on the first transition of
-the ViT at rate 0.003 and seed 0.
+the ViT at rate 0.003 and seed 0. Other budgets than {budget:g} and other numbers of epochs and old samples were tried on
+the same transitions; docs/advise.md tells what became of them.
 
 *Lost*: score of the search's best minus that of the advised choice. *Spread*: of its worst. *Best fixed*: the one
 choice that is best on average over all transitions of a setting, found afterwards. *Cost*: passes of the advice, all
 readings included, relative to those of the search, which are counted without its measuring; *seconds*: processor time
-likewise, placing included on both sides. *Error*: mean absolute error of the forecast old and new accuracy over all points."""
+likewise, placing included on both sides. *Error*: mean absolute error of the forecast old and new accuracy over all
+points."""
 
 TITLES = (
     "| seed | transition | advised | its old / new / score | best | its old / new / score | lost | spread | "
@@ -47,6 +49,7 @@ def page(result: Table) -> str:
         transitions=max(row["transition"] for row in everything) + 1,
         seeds=", ".join(sorted({str(row["seed"]) for row in everything})),
         lengths=", ".join(f"{length:g}" for length in result["lengths"]),
+        budget=result["budget"],
         epochs=result["epochs"],
         batch=result["batch"],
         old=round(fmean(one["old"] for one in samples)),

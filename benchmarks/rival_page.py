@@ -25,9 +25,9 @@ decay 5e-4, cosine over epochs; EASE, MOS and NTK-CL, as in their papers) {sgd}.
 validation samples (a fifth of the training samples) of seed {tuning_seed}, which is no seed of the tables. Everything
 else is a paper's or this project's default and was not tuned, but for what short runs ask for: EWC with a sampled
 Fisher, 10 probes of the spectral regulariser, 10 epochs of MOS's alignment (its default is 30), a decay of 0.998 of
-LAE, InfLoRA's energy sigma^4, and a budget of 0.5 of the advised method. Rehearsal keeps {kept} samples. Where a method leaves
-the choice, the tuner is an adapter, and the loss runs over the task's own classes, but under rehearsal over all
-seen.
+LAE, InfLoRA's energy sigma^4, and a budget of 0.5 of the advised method. Rehearsal keeps {kept} samples. Where a
+method leaves the choice, the tuner is an adapter, and the loss runs over the task's own classes, but under rehearsal
+over all seen.
 
 These are small settings: a small model, few samples, few steps. What is published was measured with ViT-B/16, whole
 data sets and up to 20 epochs with augmentation."""
