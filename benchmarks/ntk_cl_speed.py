@@ -23,6 +23,7 @@ from benchmarks.machine import floor, interleaved, save, spread
 from benchmarks.ntk_cl_official import backbone, official, settings
 from forgetcast.backbones.huggingface import as_backbone
 from forgetcast.learn.attention import PlainAttention
+from forgetcast.learn.casts import CastOnce
 from forgetcast.methods.base import Batch, TaskData
 from forgetcast.methods.ntk_cl import NTKCL
 
@@ -79,7 +80,8 @@ def own_step(precision: torch.dtype, width: int, heads: int) -> Step:
 
     def step() -> float:
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16), PlainAttention():
+        half = torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16)
+        with half, PlainAttention(), CastOnce():
             loss = method.loss(given)
         loss.backward()
         optimizer.step()

@@ -1,0 +1,93 @@
+"""One cast of each frozen weight a step: the same numbers, fewer casts, nothing stale."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from forgetcast.learn.casts import CastOnce
+from forgetcast.learn.step import precision_of
+
+
+class Casts(TorchDispatchMode):
+    """Counts casts of matrices to bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and found.ndim == 2 and found.shape == (12, 12):
+            self.count += found.dtype == torch.bfloat16
+        return found
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    made = nn.Sequential(*(nn.Linear(12, 12) for _ in range(3)))
+    for place in (0, 2):
+        made[place].requires_grad_(False)
+    return made
+
+
+def passes(model: nn.Module, mode, count: int = 4) -> tuple[list[torch.Tensor], int]:
+    """What several passes give, and the gradient; and the casts of weights."""
+    x = torch.linspace(-1, 1, 60).view(5, 12)
+    model.zero_grad()
+    with Casts() as casts, torch.autocast("cpu", torch.bfloat16), mode:
+        found = [model(x) for _ in range(count)]
+        sum(each.float().square().sum() for each in found).backward()
+    return [*(each.detach() for each in found), model[1].weight.grad, model[1].bias.grad], casts.count
+
+
+def test_the_numbers_are_those_of_autocast_at_a_cast_a_weight():
+    model = network()
+    plain, often = passes(model, torch.enable_grad())
+    once, seldom = passes(model, CastOnce())
+    assert all(torch.equal(one, other) for one, other in zip(once, plain, strict=True))
+    assert (often, seldom) == (2 * 4 + 1, 3)
+
+
+def test_a_weight_that_is_changed_is_cast_again():
+    model, mode = network(), CastOnce()
+    x = torch.ones(1, 12)
+    with torch.autocast("cpu", torch.bfloat16), mode:
+        first = model(x)
+        with torch.no_grad():
+            model[0].weight.add_(1.0)
+        second = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(second, model(x))
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_without_autocast_and_in_double_nothing_is_cast(dtype):
+    model, x = network().to(dtype), torch.ones(2, 12, dtype=dtype)
+    with CastOnce() as mode:
+        assert torch.equal(model(x), network().to(dtype)(x))
+    assert not mode.casts
+
+
+def test_weights_by_name_and_of_inference_are_left_alone():
+    with torch.inference_mode():
+        model = nn.Linear(12, 12)
+    x = torch.ones(2, 12)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad(), CastOnce() as mode:
+        given = nn.functional.linear(x, weight=network()[0].weight)
+        model(x)
+    assert given.dtype == torch.bfloat16
+    assert not mode.casts
+
+
+@pytest.mark.usefixtures("unchecked_types")  # an Accelerator has the precision of the first one of its process
+def test_a_step_in_bfloat16_casts_once():
+    accelerator = SimpleNamespace(mixed_precision="bf16", autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+    model = network()
+    with Casts() as casts, precision_of(accelerator):
+        model(torch.ones(2, 12))
+        model(torch.ones(2, 12))
+    assert casts.count == 3
