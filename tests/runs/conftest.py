@@ -23,6 +23,11 @@ def methods(monkeypatch):
     monkeypatch.setitem(METHODS, "closed", "example_methods:Closed")
 
 
+@pytest.fixture(autouse=True)
+def _whole_runs(unchecked_types):
+    """Without run-time type checks, which take half of their time: those of what they call have tests of their own."""
+
+
 @pytest.fixture
 def tree():
     return {"name": "example", "data": {"source": "digits", "increment": 2}, "method": {"name": "plain"}}

@@ -84,7 +84,6 @@ def test_with_the_whole_budget_the_forecast_is_what_the_loop_does(case, tmp_path
     assert record["left_out"] == []
 
 
-@pytest.mark.usefixtures("unchecked_types")
 def test_half_the_budget_forecasts_what_is_measured_on_most_seeds(tmp_path):
     cosines = []
     for seed in range(3):

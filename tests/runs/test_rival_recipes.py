@@ -174,7 +174,6 @@ def test_a_dry_run_on_texts(name, bert, tmp_path):
 NEWEST_ALONE = all_metrics([[1.0 if j == t else 0.0 for j in range(t + 1)] for t in range(5)])["average_accuracy"]
 
 
-@pytest.mark.usefixtures("unchecked_types")  # a third of the time
 @pytest.mark.parametrize("name", RIVALS)
 def test_the_small_ones_learn_and_remember(name, tmp_path):
     """Better than a model that knows the newest task perfectly and nothing else, let alone than chance."""
