@@ -83,6 +83,15 @@ def test_weights_by_name_and_of_inference_are_left_alone():
     assert not mode.casts
 
 
+def test_a_pass_of_inference_leaves_nothing_that_a_graph_cannot_hold():
+    model, x = network(), torch.ones(2, 12)
+    with torch.autocast("cpu", torch.bfloat16), CastOnce():
+        with torch.inference_mode():
+            model(x)
+        model(x).float().sum().backward()
+    assert float(model[1].weight.grad.norm()) > 0
+
+
 @pytest.mark.usefixtures("unchecked_types")  # an Accelerator has the precision of the first one of its process
 def test_a_step_in_bfloat16_casts_once():
     accelerator = SimpleNamespace(mixed_precision="bf16", autocast=lambda: torch.autocast("cpu", torch.bfloat16))

@@ -33,7 +33,8 @@ class CastOnce(TorchFunctionMode):
     def _cast(self, weight: Tensor) -> Tensor:
         device = weight.device.type
         frozen = isinstance(weight, nn.Parameter) and not weight.requires_grad and weight.dtype == torch.float32
-        if not frozen or weight.is_inference() or not torch.is_autocast_enabled(device):
+        apart = weight.is_inference() or torch.is_inference_mode_enabled()  # a graph cannot hold what is made there
+        if not frozen or apart or not torch.is_autocast_enabled(device):
             return weight
         _, version, cast = self.casts.get(id(weight), (weight, -1, weight))
         if version != weight._version:

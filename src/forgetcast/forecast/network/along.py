@@ -33,7 +33,6 @@ def along(
     *,
     estimator: str,
     started: float,
-    test: bool = True,
 ) -> NetworkForecast:
     """Read the old samples at the places of a path, and test it against the path of half of its samples.
 
@@ -45,9 +44,8 @@ def along(
         settings: that the forecast records.
         estimator: that followed the path.
         started: when, on the clock of `perf_counter`.
-        test: whether it is tested.
 
-    Cost: a pass over the old samples for each place, and one over some of them for the test.
+    Cost: a pass over the old samples for each place, and one over some of them.
     """
     net, old, new, training = asked.net, asked.old, asked.new, asked.training
     assert isinstance(training, SGD | AdamW | GradientDescent)
@@ -55,7 +53,7 @@ def along(
     before = start_reading(net, start)
     readings = (before, *(read_at(net, old, step, place) for step, place in sorted(path.places.items())))
     sampling = None
-    if test and path.surrogates and not plan.exact and max(len(near) for near in path.surrogates) > 1:
+    if path.surrogates and not plan.exact and max(len(near) for near in path.surrogates) > 1:
         sampling = _sampling_error(net, old, training, path, readings, batching)
     silent = bool(net.body) and bool(path.surrogates) and not bool(path.surrogates[0].gradients.any())
     blind = sum(path.blind) / max(len(path.blind), 1)

@@ -12,7 +12,7 @@ from forgetcast.checks import complaint
 from forgetcast.forecast.network.along import along
 from forgetcast.forecast.network.given import Given
 from forgetcast.forecast.network.head import Network
-from forgetcast.forecast.network.plan import FORWARD, Budget
+from forgetcast.forecast.network.plan import FORWARD, HALF_OLD, Budget
 from forgetcast.forecast.network.result import NetworkForecast
 from forgetcast.forecast.network.start import Start
 from forgetcast.forecast.network.surrogate import Surrogate
@@ -28,7 +28,7 @@ def contains(larger: Network, smaller: Network) -> bool:
 
 def reading_cost(old: int) -> float:
     """What `forecast_within` costs, in passes forward and backward of one sample."""
-    return FORWARD * old
+    return FORWARD * (old + min(old, HALF_OLD))
 
 
 def forecast_within(asked: Given, start: Start, larger: NetworkForecast) -> NetworkForecast:
@@ -49,12 +49,12 @@ def forecast_within(asked: Given, start: Start, larger: NetworkForecast) -> Netw
         larger: an anchored forecast of the same training from the same start.
 
     Returns:
-        The forecast; its checks are those of the larger one, whose samples and anchors it has.
+        The forecast; its check of the surrogates is that of the larger one.
 
     Raises:
         ValueError: a forecast without surrogates, parameters that it does not have.
 
-    Cost: one reading of the old samples; n P numbers for n samples of the anchors.
+    Cost: one reading of the old samples, and one of some of them; n P numbers for n samples of the anchors.
     """
     started = perf_counter()
     net, training = asked.net, asked.training
@@ -74,11 +74,8 @@ def forecast_within(asked: Given, start: Start, larger: NetworkForecast) -> Netw
     cost = reading_cost(len(asked.old))
     plan = Budget(run, (), 0, (training.steps,), 0, 1, cost, 0.0, exact=False)
     settings = {**larger.settings, "within": True}
-    path = replace(path, stock=held)
-    found = along(asked, start, path, plan, settings, estimator=larger.estimator, started=started, test=False)
-    known = larger.trust
-    trust = replace(found.trust, sampling_error=known.sampling_error, surrogate_error=known.surrogate_error)
-    return replace(found, trust=trust)
+    found = along(asked, start, replace(path, stock=held), plan, settings, estimator=larger.estimator, started=started)
+    return replace(found, trust=replace(found.trust, surrogate_error=larger.trust.surrogate_error))
 
 
 def _places(body: Mapping[str, Tensor], net: Network, like: Tensor) -> Bool[Tensor, " P"]:
