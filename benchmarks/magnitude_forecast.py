@@ -45,7 +45,7 @@ HEADS: tuple[Head, ...] = ("as_is", "placed")
 """Whether the advice finds the rows placed, or places them itself and keeps the features that it reads for it."""
 EPOCHS = 5
 BUDGET = 0.11
-OLD = 200
+OLD = 600
 TEXTS, MORE_TEXTS = 60, 10
 IMAGES, MORE_IMAGES, TEST_IMAGES = 150, 15, 60
 """Samples a class: that train, that are for validation, and of the test."""

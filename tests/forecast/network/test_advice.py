@@ -16,7 +16,7 @@ from test_budget import SURVEY, counted
 
 import forgetcast as fc
 from forgetcast.forecast.network.plan import FORWARD
-from forgetcast.forecast.network.points import smoothed_accuracy
+from forgetcast.forecast.network.probes import smoothed_accuracy
 
 TRAININGS = {
     "adam": fc.AdamW(0.05, 12, batch_size=8, weight_decay=0.1, classes=NEW),

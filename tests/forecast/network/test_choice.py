@@ -20,7 +20,7 @@ def point(old, new, trained=10, length=1.0, *, now=1.0, weight=0.5, trusted=True
     candidate = fc.Candidate(f"{trained}", ("weight",))
     score = weight * old + (1 - weight) * new
     reason = "exact" if trusted else "not to be trusted (few samples read)"
-    return Point(candidate, length, trained, old, now - old, new, score, 0.1, trusted, reason)
+    return Point(candidate, length, trained, old, now - old, new, score, 0.1, 30, trusted, reason)
 
 
 ROWS = st.lists(st.tuples(SHARES, SHARES, st.integers(1, 4), SHARES), min_size=1, max_size=12)

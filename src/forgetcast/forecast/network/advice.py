@@ -16,7 +16,8 @@ from forgetcast.forecast.network.entry import ESTIMATORS, Estimator, chosen_esti
 from forgetcast.forecast.network.given import Given, Outputs, given
 from forgetcast.forecast.network.head import Restraint
 from forgetcast.forecast.network.plan import FORWARD
-from forgetcast.forecast.network.points import Judge, judge, label_share, steps_cost
+from forgetcast.forecast.network.points import FIRST_OLD, Judge, judge, label_share, steps_cost
+from forgetcast.forecast.network.race import Entrant, Rules, race
 from forgetcast.forecast.network.result import NetworkForecast
 from forgetcast.forecast.network.start import Head, read_start
 from forgetcast.forecast.network.within import contains, forecast_within, reading_cost
@@ -197,13 +198,17 @@ def advise(
             start,
             lengths=lengths,
             budget=budget,
+            first=_first_old([each for _, each in tried], estimator, budget),
             most=new_samples,
             validation=validation,
             outputs=outputs,
             answers=(answers_now, answers_then, answers_new),
             seed=seed,
         )
-        made: dict[int, list[Point]] = {}
+        few = bench.old.part(0, bench.first)
+        start = replace(start, old=few.features)
+        tried = [(candidate, replace(each, old=few.samples)) for candidate, each in tried]
+        made: dict[int, list[Entrant]] = {}
         source: NetworkForecast | None = None
         shared = _shared([each for _, each in tried], bench, estimator)
         for done, place in enumerate(shared.order):
@@ -224,12 +229,17 @@ def advise(
                     most_anchors=ANCHORS_IN_USE,
                 )
             source = found if place == shared.largest else source
-            made[place], read = bench.points(each.net, candidate, found, weight)
-            units += run * found.share_of_run + FORWARD * sum(read.values())
-            reads = {side: reads[side] + read[side] for side in reads}
+            made[place], of_old, of_new = bench.entrants(each.net, candidate, found)
+            units += run * found.share_of_run + FORWARD * (of_old + of_new)
+            reads = {"old": reads["old"] + of_old, "new": reads["new"] + of_new}
             passes = {side: passes[side] + found.cost.passes.get(side, 0) for side in passes}
             on_step((done + 1) * steps)
-    points = [point for place in range(len(tried)) for point in made[place]]
+        entrants = [entrant for place in range(len(tried)) for entrant in made[place]]
+        rules = Rules(bench.accuracy_before, weight, max_drop)
+        of_old = race(entrants, bench.old, rules, sum(bench.reserve(each.net) for _, each in tried), run)
+        units += FORWARD * of_old
+        reads["old"] += of_old
+    points = rules.points(entrants)
     best = choose(points, max_drop)
     sizes = {"old": len(asked.old), "new": len(asked.new)}
     passes = {side: passes[side] + round(reads[side] / sizes[side]) for side in passes}
@@ -244,6 +254,13 @@ def advise(
         Cost(perf_counter() - started, passes, estimator),
         units / (run * len(tried)) if run else 0.0,
     )
+
+
+def _first_old(tried: Sequence[Given], estimator: Estimator, budget: float) -> int:
+    """Old samples that every point is read on: a few, unless all are to be, or more could not be read later."""
+    count = len(tried[0].old)
+    whole = budget >= 1 or any(chosen_estimator(estimator, each.net, each.training) == "static" for each in tried)
+    return count if whole else min(count, FIRST_OLD)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ class Point:
         drop: accuracy of the old samples now - `old_accuracy`.
         new_accuracy: forecast accuracy of new samples.
         score: old and new accuracy, smoothed, weighted by `old_weight` and the rest.
-        share_of_run: what its forecast cost, relative to its training.
+        share_of_run: what its forecast and its readings cost, relative to its training.
+        old_samples: how many old samples it was read on; what is surely not the best is read on fewer (`race`).
         trusted: whether its forecast expects of itself that it can be trusted.
         reason: why, in words.
     """
@@ -34,6 +35,7 @@ class Point:
     new_accuracy: float
     score: float
     share_of_run: float
+    old_samples: int
     trusted: bool
     reason: str
 

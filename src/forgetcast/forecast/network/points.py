@@ -5,18 +5,18 @@ from math import ceil
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from forgetcast.checks import complaint
 from forgetcast.forecast.network.candidates import Candidate
-from forgetcast.forecast.network.choice import Point
 from forgetcast.forecast.network.draw import draw
 from forgetcast.forecast.network.given import Given, Outputs
 from forgetcast.forecast.network.head import Network, probed
 from forgetcast.forecast.network.outputs import renumbered
 from forgetcast.forecast.network.plan import FORWARD
-from forgetcast.forecast.network.result import NetworkForecast, read_at
+from forgetcast.forecast.network.probes import Probe, allowed_answers, balanced_order
+from forgetcast.forecast.network.race import Entrant, logits_at
+from forgetcast.forecast.network.result import NetworkForecast
 from forgetcast.forecast.network.samples import Samples, samples_of
 from forgetcast.forecast.network.start import Start
 from forgetcast.forecast.network.walker import Place, batching_of
@@ -26,59 +26,11 @@ from forgetcast.tangent.features import check_labels
 LEAST_NEW = 32
 NEW_SHARE = 1 / 6
 READING_SHARE = 1 / 2
-"""Of a candidate's budget: what reading new samples may take, if there are enough of them; what all readings may."""
-
-
-def smoothed_accuracy(margins: Float[Tensor, " n"]) -> float:
-    r"""Share of margins above 0, as the integral of a kernel density estimate of them.
-
-        mean_i Phi(m_i / h),     h = 1.06 std(m) n^(-1/3)
-
-    A sample near the boundary counts as part right and part wrong. Of two models that answer alike but for a few
-    samples this tells the better one from fewer samples than counting does; the rate n^(-1/3) is that of the least
-    squared error of an estimated distribution function.
-
-    Args:
-        margins: (n,) logit of the label minus the largest other; infinite where there is no other.
-
-    Source: Azzalini 1981, Biometrika 68.
-    """
-    finite = margins[torch.isfinite(margins)].double()
-    width = 1.06 * float(finite.std(correction=0)) * len(margins) ** (-1 / 3) if len(finite) > 1 else 0.0
-    if width <= 0:
-        return float((margins > 0).double().mean())
-    return float(torch.special.ndtr(margins.double() / width).mean())
-
-
-@dataclass(frozen=True, eq=False)
-class Probe:
-    """Samples whose accuracy is read at every point.
-
-    Attributes:
-        samples: with their labels.
-        labels: (n,)
-        features: (n, d) at the start.
-        allowed: (n, C), among which outputs an answer is chosen.
-    """
-
-    samples: Samples
-    labels: Int[Tensor, " n"]
-    features: Float[Tensor, "n d"]
-    allowed: Bool[Tensor, "n C"]
-
-    def accuracy(self, logits: Float[Tensor, "n C"]) -> float:
-        """Share of answers that are right."""
-        best = self._possible(logits).argmax(1)
-        return float((best == self.labels.to(best.device)).double().mean())
-
-    def smoothed(self, logits: Float[Tensor, "n C"]) -> float:
-        """`smoothed_accuracy` of the margins."""
-        possible, labels = self._possible(logits), self.labels.to(logits.device)[:, None]
-        own = possible.gather(1, labels)[:, 0]
-        return smoothed_accuracy(own - possible.scatter(1, labels, -torch.inf).amax(1))
-
-    def _possible(self, logits: Float[Tensor, "n C"]) -> Float[Tensor, "n C"]:
-        return logits.masked_fill(~self.allowed.to(logits.device), -torch.inf)
+RACE_SHARE = 1 / 4
+"""Of a candidate's budget: what reading new samples may take, if there are enough of them; what all readings may; and
+what telling the best points apart may (`race`)."""
+FIRST_OLD = 128
+"""Old samples that every forecast and every point is read on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +39,7 @@ class Judge:
 
     Attributes:
         old: the old samples, with the answers that are possible after the training.
+        first: how many of them every point is read on.
         new: the new samples that are read.
         accuracy_before: of the old samples, now.
         lengths: of the way.
@@ -95,6 +48,7 @@ class Judge:
     """
 
     old: Probe
+    first: int
     new: Probe
     accuracy_before: float
     lengths: tuple[float, ...]
@@ -109,56 +63,50 @@ class Judge:
         """
         if self.budget >= 1 or not self.run or not net.body:
             return self.budget
-        count = len(self.lengths) - (0.0 in self.lengths)
-        readings = FORWARD * (len(self.new.labels) * count + len(self.old.labels) * (count - (1.0 in self.lengths)))
+        count = self._moving()
+        readings = FORWARD * (len(self.new) * count + self.first * (count - (1.0 in self.lengths)))
         if readings > READING_SHARE * self.budget * self.run:
             raise complaint(
-                f"budget={self.budget:g} with {len(self.lengths)} lengths at which {len(self.old.labels)} old and "
-                f"{len(self.new.labels)} new samples are read",
+                f"budget={self.budget:g} with {len(self.lengths)} lengths at which {self.first} old and "
+                f"{len(self.new)} new samples are read",
                 f"at least {ceil(1000 * readings / READING_SHARE / self.run) / 1000:g}",
                 "Raise budget, or give fewer lengths or old samples.",
             )
-        return self.budget - readings / self.run
+        return self.budget - (readings + self.reserve(net)) / self.run
 
-    def points(
-        self, net: Network, candidate: Candidate, found: NetworkForecast, old_weight: float
-    ) -> tuple[list[Point], dict[str, int]]:
-        """One point for each length, and how many old and new samples were read.
+    def reserve(self, net: Network) -> float:
+        """What a candidate puts by for the race of the points, in passes of one sample."""
+        if self.budget >= 1 or not net.body:
+            return 0.0
+        most = FORWARD * (len(self.old) - self.first) * self._moving()
+        return min(RACE_SHARE * self.budget * self.run, most)
 
-        At the whole length the old accuracy is the forecast's own. A forecast at the tangent of the start is linear in
+    def _moving(self) -> int:
+        return len(self.lengths) - (0.0 in self.lengths)
+
+    def entrants(self, net: Network, candidate: Candidate, found: NetworkForecast) -> tuple[list[Entrant], int, int]:
+        """One for each length, read on the first old samples; and how many old and new samples that took.
+
+        At the whole length the old answers are the forecast's own. A forecast at the tangent of the start is linear in
         the length.
         """
-        trained = sum(parameter.numel() for parameter in (*net.body.values(), *net.of_head.values()))
-        accuracies, read = [], {"old": 0, "new": 0}
+        few = self.old.part(0, self.first)
+        entrants, of_old, of_new = [], 0, 0
         for length in self.lengths:
             place = _between(found.start, found.end, length)
             moves = bool(net.body) and length > 0
             if length == 1 or found.estimator == "static":
                 logits = found.logits_before + length * found.drift
             else:
-                logits = _logits(net, self.old, place, moves)
-                read["old"] += moves * len(self.old.labels)
-            new = _logits(net, self.new, place, moves)
-            read["new"] += moves * len(self.new.labels)
-            score = old_weight * self.old.smoothed(logits) + (1 - old_weight) * self.new.smoothed(new)
-            accuracies.append((length, self.old.accuracy(logits), self.new.accuracy(new), score))
-        share = found.share_of_run + (FORWARD * sum(read.values()) / self.run if self.run else 0.0)
-        points = [
-            Point(
-                candidate,
-                length,
-                trained,
-                kept,
-                self.accuracy_before - kept,
-                reached,
-                score,
-                share,
-                found.trust.trusted,
-                found.trust.reason,
-            )
-            for length, kept, reached, score in accuracies
-        ]
-        return points, read
+                logits = logits_at(net, few, place, moves)
+                of_old += moves * len(few)
+            new = self.new.answers(logits_at(net, self.new, place, moves))
+            of_new += moves * len(self.new)
+            old = few.answers(logits)
+            entrants.append(Entrant(candidate, net, length, place, found.share_of_run, found.trust, old, new))
+        for entrant in entrants:
+            entrant.share_of_run += FORWARD * (of_old + of_new) / self.run if self.run else 0.0
+        return entrants, of_old, of_new
 
 
 def judge(
@@ -167,6 +115,7 @@ def judge(
     *,
     lengths: tuple[float, ...],
     budget: float,
+    first: int,
     most: int,
     validation: Any,
     outputs: Outputs,
@@ -180,6 +129,7 @@ def judge(
         start: as read.
         lengths: as for `advise`, like all below.
         budget: in the same units.
+        first: old samples that every point is read on.
         most: new samples.
         validation: or None.
         outputs: by which labels of `validation` are numbered.
@@ -196,8 +146,11 @@ def judge(
     pool = asked.new if validation is None else _validation(asked, validation, outputs)
     pool_labels = check_labels(pool.name, pool.targets, net.outputs)
     of_old, of_new = (labels, net.outputs), (pool_labels, net.outputs)
-    now, then = _allowed("answers_now", answers[0], *of_old), _allowed("answers_then", answers[1], *of_old)
-    new = _allowed("answers_new", answers[2], *of_new)
+    now, then = (
+        allowed_answers("answers_now", answers[0], *of_old),
+        allowed_answers("answers_then", answers[1], *of_old),
+    )
+    allowed = allowed_answers("answers_new", answers[2], *of_new)
     run, count = steps_cost(asked), min(most, len(pool))
     if budget < 1 and run:
         readings = max(1, len(lengths) - (0.0 in lengths))
@@ -206,11 +159,13 @@ def judge(
     part = pool.at(taken)
     known = start.new if validation is None else None
     features = net.features(part.to(net.device)) if known is None else known[taken.to(known.device)]
-    before = start.old @ net.weight().T + net.bias()
+    before = Probe(old, labels, start.old, now).answers(start.old @ net.weight().T + net.bias())
+    asked_of_all = Probe(old, labels, start.old, then)
     return Judge(
-        Probe(old, labels, start.old, then),
-        Probe(part, pool_labels[taken], features, new[taken]),
-        Probe(old, labels, start.old, now).accuracy(before),
+        asked_of_all if first == len(old) else asked_of_all.at(balanced_order(labels, seed)),
+        first,
+        Probe(part, pool_labels[taken], features, allowed[taken]),
+        float(before.right.mean()),
         lengths,
         budget,
         run,
@@ -242,36 +197,6 @@ def _validation(asked: Given, validation: Any, outputs: Outputs) -> Samples:
     return samples
 
 
-def _allowed(name: str, given: Tensor | None, labels: Tensor, outputs: int) -> Bool[Tensor, "n C"]:
-    """Among which outputs each answer is chosen; every label has to be one of them."""
-    if given is None:
-        return torch.ones(len(labels), outputs, dtype=torch.bool)
-    allowed = torch.as_tensor(given).cpu()
-    fits = allowed.ndim == 2 and allowed.dtype == torch.bool and len(allowed) in (1, len(labels))
-    if not fits or allowed.shape[1] != outputs:
-        raise complaint(
-            f"{name} of shape {tuple(allowed.shape)}, {allowed.dtype}",
-            f"booleans of shape ({len(labels)}, {outputs}) or (1, {outputs})",
-            "Give one row for each sample, or one for all, with one column for each output.",
-        )
-    allowed = allowed.expand(len(labels), -1)
-    missing = (~allowed[torch.arange(len(labels)), labels.cpu()]).nonzero()
-    if len(missing):
-        raise complaint(
-            f"{name} without the label of {len(missing)} samples, the first at {int(missing[0])}",
-            "answers that can be right",
-            "Allow each sample's own label.",
-        )
-    return allowed
-
-
 def _between(start: Place, end: Place, length: float) -> Place:
     """The point at `length` of the way; the ends exactly."""
     return Place(*(torch.lerp(a, b, length) for a, b in zip(start.parts, end.parts, strict=True)))
-
-
-def _logits(net: Network, probe: Probe, place: Place, moves: bool) -> Float[Tensor, "n C"]:
-    """Logits at a place; where the body does not move there, no pass."""
-    if moves:
-        return read_at(net, probe.samples, 0, place).logits
-    return probe.features @ place.weight.T + place.bias
