@@ -18,7 +18,7 @@ from forgetcast.methods.base import Method
 from forgetcast.methods.registry import METHODS, create
 
 CPU = torch.device("cpu")
-OPTIMIZATION = Optimization(learning_rate=1e-2, epochs=6, batch_size=32)
+OPTIMIZATION = Optimization(learning_rate=1e-2, epochs=4, batch_size=32)
 SMALL = {
     "slca": {"samples": 32, "epochs": 2, "backbone_rate": 1e-2},
     "ranpac": {"size": 200},

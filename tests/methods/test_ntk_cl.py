@@ -123,6 +123,7 @@ def test_each_way_can_be_chosen_alone(part):
     assert back.ways == one.ways
 
 
+@pytest.mark.usefixtures("unchecked_types")
 def test_orthogonality_takes_energy_out_of_the_kernel_between_tasks():
     """Of adapters at every seed; of prompts, which answer with large steps, in the mean (13 of 18 seeds tried)."""
 

@@ -15,7 +15,7 @@ from forgetcast.methods.base import Method
 from forgetcast.methods.registry import create
 
 # the second task has 96 samples: the last batch of an epoch has one, so that one process has none of its own
-OPTIMIZATION = Optimization(optimizer="sgd", learning_rate=0.05, momentum=0.9, epochs=1, batch_size=19)
+OPTIMIZATION = Optimization(optimizer="sgd", learning_rate=0.05, momentum=0.9, epochs=1, batch_size=95)
 OPTIONS = {
     "slca": {"samples": 32, "epochs": 2, "backbone_rate": 1e-2},
     "ranpac": {"size": 100},

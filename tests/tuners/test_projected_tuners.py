@@ -30,7 +30,8 @@ CASES = [("vit", name, optimizer) for name in TUNERS for optimizer in ("momentum
 CASES += [("bert", name, "AdamW") for name in TUNERS]
 CASES += [("gpt2", name, "AdamW") for name in ("LoRA", "prompt")]
 CASES += [("llama", name, "AdamW") for name in ("prefix", "prompt")]  # grouped queries, RMSNorm
-STEPS = 200
+STEPS = {"vit": 200}
+OTHERWISE = 120
 
 
 def batch(kind: str, seed: int) -> dict[str, torch.Tensor]:
@@ -54,7 +55,8 @@ def learn(model, parameters, kind: str, seed: int, optimizer, steps: int) -> Non
 @pytest.mark.filterwarnings("ignore:.*of their directions free")
 @pytest.mark.parametrize(("kind", "name", "optimizer"), CASES)
 def test_old_hidden_states_stay(kind, name, optimizer):
-    """To 1e-5 relative in single precision after 200 clipped steps; unprojected they move by percents in a quarter."""
+    """To 1e-5 relative in single precision after many clipped steps; unprojected they move by percents in a third."""
+    steps = STEPS.get(kind, OTHERWISE)
     model = small(kind).float()
     tuned = TUNERS[name].attach(model)
     parameters, made = tuned.parameters(), OPTIMIZERS[optimizer]
@@ -73,9 +75,9 @@ def test_old_hidden_states_stay(kind, name, optimizer):
 
     protected = made(parameters)
     with protect(protected, projection):
-        learn(model, parameters, kind, 3, protected, STEPS)
+        learn(model, parameters, kind, 3, protected, steps)
     assert max(moved()) < 1e-5
     assert max(float((tuned.state()[key] - value).abs().max()) for key, value in start.items()) > 1e-3
     tuned.load_state(start)
-    learn(model, parameters, kind, 3, made(parameters), STEPS // 4)
+    learn(model, parameters, kind, 3, made(parameters), steps // 3)
     assert min(moved()) > 1e-2
