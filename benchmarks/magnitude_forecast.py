@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 from time import process_time
 from typing import Any
 
@@ -44,8 +45,10 @@ LENGTHS = (0.5, 1.0)
 HEADS: tuple[Head, ...] = ("as_is", "placed")
 """Whether the advice finds the rows placed, or places them itself and keeps the features that it reads for it."""
 EPOCHS = 5
-BUDGET = 0.11
+BUDGET = 0.08
 OLD = 600
+DRAWS = 3
+"""Advices on each transition, with other draws of samples; the first decides where the next task starts."""
 TEXTS, MORE_TEXTS = 60, 10
 IMAGES, MORE_IMAGES, TEST_IMAGES = 150, 15, 60
 """Samples a class: that train, that are for validation, and of the test."""
@@ -140,11 +143,14 @@ def transition(
     now[0, known] = True
     weight, placing = len(known) / len(known + classes), 0.0
     started = process_time()
-    advice = advise(
-        model, read, new, training, lengths=LENGTHS, budget=BUDGET, old_weight=weight, validation=validation,
-        head=head, answers_now=now, answers_then=seen, answers_new=seen, seed=seed,
-    )  # fmt: skip
-    spent = process_time() - started
+    advices = [
+        advise(
+            model, read, new, training, lengths=LENGTHS, budget=BUDGET, old_weight=weight, validation=validation,
+            head=head, answers_now=now, answers_then=seen, answers_new=seen, seed=seed + 1000 * draw,
+        )
+        for draw in range(DRAWS)
+    ]  # fmt: skip
+    spent, advice = (process_time() - started) / DRAWS, advices[0]
     if head == "placed":
         started = process_time()
         place_rows(net.head, net.features(new), new.targets, classes)
@@ -156,8 +162,10 @@ def transition(
     place = between(place_of(own), chosen["end"], advice.recommended.length)
     own.put(place.theta, place.weight, place.bias)
     start = FORWARD * (len(read) + advice.new_samples) / (training.steps * BATCH * len(tried))
-    return _told(advice, rows, weight) | {
-        "cost": advice.share + start,
+    told = [_told(each, rows, weight) for each in advices]
+    return told[0] | {
+        "draws": [{"advised": each["advised"], "lost": each["lost"]} for each in told],
+        "cost": fmean(each.share for each in advices) + start,
         "seconds_share": spent / (placing + run_spent),
         "steps": training.steps,
         "samples": {"old": len(read), "new": advice.new_samples, "old test": len(kept), "new test": len(test)},
@@ -171,7 +179,7 @@ def _same(row: Table, point: Point) -> bool:
 def _told(advice: Advice, rows: list[Table], weight: float) -> Table:
     points = [
         {"forecast_old": point.old_accuracy, "forecast_new": point.new_accuracy, "forecast_score": point.score}
-        | {"trained": point.trained, "trusted": point.trusted}
+        | {"trained": point.trained, "trusted": point.trusted, "old_read": point.old_samples}
         | {key: row[key] for key in ("candidate", "length", "old", "new", "score")}
         for row, point in zip(rows, advice.points, strict=True)
         if _same(row, point)
@@ -230,6 +238,7 @@ if __name__ == "__main__":
     store = Store(RESULTS / "magnitude_forecast.json")
     if not arguments.page:
         store.all |= {"machine": floor(), "epochs": EPOCHS, "batch": BATCH, "budget": BUDGET, "lengths": LENGTHS}
+        store.all |= {"draws": DRAWS}
         store.all |= {"titles": {name: setting.title for name, (setting, _) in SETTINGS.items()}}
         done = store.all.setdefault("runs", {})
         wanted = [

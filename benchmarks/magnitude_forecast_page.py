@@ -17,17 +17,19 @@ modules trains (the head alone, with the last 1, 2, 4, ... blocks, all of them),
 the way that this training takes it ({lengths}). An exhaustive search trains every set for real ({epochs} epochs of
 AdamW, batch {batch}, loss over the new classes, their rows placed first) and measures every length.
 The score is the accuracy among all classes seen, each class counting alike: old and new accuracy weighted by their
-classes. The advice reads about {old} of the old test samples and about {new} validation samples of the new task, which
-do not train; the search is measured on the other old test samples and the new test samples ({measured} in all).
+classes. The advice is given about {old} of the old test samples, of which it reads 128 at every point and more where
+points are close, and reads about {new} validation samples of the new task, which do not train; the search is measured
+on the other old test samples and the new test samples ({measured} in all).
 The search's best is the best of all its points on the very samples that it is measured on: part of what a choice
-loses is chance. The next task starts from what the advice chose.
+loses is chance. The advice is asked {draws} times on each transition, each time with another draw of the samples that
+it reads; the tables show the first draw, from whose choice the next task starts.
 
 Two ways: *as_is*, the advice finds the rows placed, and what it forecasts of the head's training where blocks train too
 is learnt from its few samples; *placed*, it places them itself (`head="placed"`), which takes one pass over the new
 samples that the trainings need as well, and follows the head on the features of all of them. Sets of modules are
 followed along the anchors of the largest. How many anchors are in use together (32) was set on the first transition of
-the ViT at rate 0.003 and seed 0. Other budgets than {budget:g} and other numbers of epochs and old samples were tried
-on the same transitions; docs/advise.md tells what became of them.
+the ViT at rate 0.003 and seed 0. Other budgets than {budget:g} were tried on the same transitions; docs/advise.md tells
+what became of them.
 
 *Lost*: score of the search's best minus that of the advised choice. *Spread*: of its worst. *Best fixed*: the one
 choice that is best on average over all transitions of a setting, found afterwards. *Cost*: passes of the advice, all
@@ -51,6 +53,7 @@ def page(result: Table) -> str:
         lengths=", ".join(f"{length:g}" for length in result["lengths"]),
         budget=result["budget"],
         epochs=result["epochs"],
+        draws=result["draws"],
         batch=result["batch"],
         old=round(fmean(one["old"] for one in samples)),
         new=round(fmean(one["new"] for one in samples)),
@@ -70,16 +73,17 @@ def page(result: Table) -> str:
 
 
 def _over_all(rows: Sequence[Table]) -> str:
-    lost = [100 * row["lost"] for row in rows]
+    lost = [100 * draw["lost"] for row in rows for draw in row["draws"]]
     within = sum(one <= 1 for one in lost)
     losses = _losses(rows)
     return (
-        f"Over all {len(rows)} transitions: within 1 point of the search's best in {within}, {fmean(lost):.2f} points "
-        f"lost on average, {max(lost):.1f} at most; a choice at random is within 1 point in "
-        f"{fmean(loss <= 1 for loss in losses):.0%} and loses {fmean(losses):.2f} on average, training all of it the "
-        f"whole way {_loses(rows, -1):.2f}, the head alone {_loses(rows, _head(rows[0])):.2f}. Cost in passes "
-        f"{fmean(row['cost'] for row in rows):.2f}, in processor time "
-        f"{fmean(row['seconds_share'] for row in rows):.2f} of the search."
+        f"Over all {len(rows)} transitions and their draws: within 1 point of the search's best in {within} of "
+        f"{len(lost)} choices, {fmean(lost):.2f} points lost on average, {max(lost):.1f} at most; a choice at random "
+        f"is within 1 point in {fmean(loss <= 1 for loss in losses):.0%} and loses {fmean(losses):.2f} on average, "
+        f"training all of it the whole way {_loses(rows, -1):.2f}, the head alone {_loses(rows, _head(rows[0])):.2f}. "
+        f"Cost in passes {fmean(row['cost'] for row in rows):.2f}, in processor time "
+        f"{fmean(row['seconds_share'] for row in rows):.2f} of the search, at most "
+        f"{max(row['seconds_share'] for row in rows):.2f}."
     )
 
 
@@ -121,13 +125,13 @@ def _loses(rows: Sequence[Table], place: int) -> float:
 
 
 def _summary(rows: Sequence[Table], fixed: int) -> list[str]:
-    lost = [100 * row["lost"] for row in rows]
+    lost = [100 * draw["lost"] for row in rows for draw in row["draws"]]
     losses = _losses(rows)
     return [
         f"- The advised choice is within 1 point of the search's best in {sum(one <= 1 for one in lost)} of "
-        f"{len(rows)} transitions; it loses {fmean(lost):.2f} on average, at most {max(lost):.1f} points. The best "
-        f"fixed choice ({_named(rows[0]['points'][fixed])}) loses {_loses(rows, fixed):.2f}, training all of it the "
-        f"whole way {_loses(rows, -1):.2f}, the head alone {_loses(rows, _head(rows[0])):.2f}.",
+        f"{len(lost)} choices, all draws counted; it loses {fmean(lost):.2f} on average, {max(lost):.1f} at most. "
+        f"The best fixed choice ({_named(rows[0]['points'][fixed])}) loses {_loses(rows, fixed):.2f}, training all of "
+        f"it the whole way {_loses(rows, -1):.2f}, the head alone {_loses(rows, _head(rows[0])):.2f}.",
         f"- A choice at random is within 1 point of the search's best in {fmean(loss <= 1 for loss in losses):.0%}, "
         f"and loses {fmean(losses):.2f} on average.",
     ]

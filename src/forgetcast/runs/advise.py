@@ -32,6 +32,7 @@ DEFINITIONS = {
     "score": "Old and new accuracy weighted by the tasks' numbers of classes, so that every class counts alike; "
     "smoothed, a sample near the boundary counts as part right.",
     "share_of_run": OF_FORECASTS["share_of_run"],
+    "old_samples": "Old samples that the old accuracy was read on: of choices that are surely not the best, fewer.",
 }
 
 

@@ -179,3 +179,9 @@ def test_where_all_is_paid_for_all_is_read():
     model, old, new = network_and_task("perceptron", old=300, new=60)
     advice = fc.advise(model, old, new, fc.AdamW(0.01, 6, batch_size=20, classes=NEW), budget=1)
     assert {point.old_samples for point in advice.points} == {300}
+
+
+def test_a_training_of_no_steps_leaves_all_as_it_is():
+    model, old, new = network_and_task("perceptron", old=300, new=60)
+    advice = fc.advise(model, old, new, fc.AdamW(0.01, 0, batch_size=20, classes=NEW), budget=0.5)
+    assert {point.drop for point in advice.points} == {0.0}

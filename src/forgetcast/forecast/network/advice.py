@@ -121,8 +121,8 @@ def advise(
         score = old_weight * old accuracy + (1 - old_weight) * new accuracy
 
     within `max_drop`, both accuracies smoothed, so that samples near a boundary count as part right
-    (`smoothed_accuracy`); see `choose`. What is not to be trusted is marked, and takes part. The model is left as it
-    is.
+    (`smoothed_accuracy`); see `choose`. Every point is read on a few old samples, and those that these cannot tell
+    apart on more (`race`): give many. What is not to be trusted is marked, and takes part. The model is left as it is.
 
     Args:
         model: as for `forecast`, like all that is not named here.

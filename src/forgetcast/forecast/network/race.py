@@ -167,7 +167,8 @@ def race(entrants: Sequence[Entrant], old: Probe, rules: Rules, allowance: float
         part = old.part(met, met + more)
         for entrant in running:
             entrant.old = entrant.old.then(entrant.read(part))
-            entrant.share_of_run += FORWARD * more * entrant.moves / run
+            if entrant.moves:
+                entrant.share_of_run += FORWARD * more / run
         passed, met = passed + moving * more, met + more
     return passed
 
