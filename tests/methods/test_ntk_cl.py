@@ -53,6 +53,33 @@ def test_every_feature_is_at_first_that_of_the_pretrained_model(pretrained):
         assert torch.equal(found, plain)
 
 
+class Pooled(Transformer):
+    """Features are means over all tokens."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x.unflatten(1, (-1, 8)))
+        for block in self.blocks:
+            x = block(x)
+        return x.mean(1)
+
+
+@pytest.mark.parametrize(("backbone", "alone"), [(Transformer, True), (Pooled, False)])
+def test_the_last_network_takes_the_first_token_alone_where_features_read_no_other(backbone, alone):
+    task = task_of(0)
+    (batch, *_) = task.batches()
+    torch.manual_seed(4)
+    plain = backbone(WIDTH)
+    expected = plain(batch.inputs)
+    made = NTKCL(plain, WIDTH, prompts=2, rank=16, dropout=0.0, tasks=3)
+    made.begin_task(task)
+    assert made.network.first_token is made.network.sections.first_token is alone
+    for found in made.network.sections(batch.inputs).flatten(1, 2).unbind(1):
+        torch.testing.assert_close(found, expected)
+    again = NTKCL(backbone(WIDTH), WIDTH, prompts=2, rank=16, dropout=0.0, tasks=3)
+    again.load_state_dict(made.state_dict())
+    assert again.network.first_token is again.network.sections.first_token is alone
+
+
 def test_after_one_step_everything_has_a_gradient():
     made, task = method(), task_of(0)
     made.begin_task(task)
