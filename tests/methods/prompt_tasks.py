@@ -2,11 +2,12 @@
 
 import numpy as np
 import torch
+from digit_tasks import task_of
 from small import stream
 from torch import Tensor
 from tuned import Transformer
 
-from forgetcast.methods.base import Batch, Method, TaskData
+from forgetcast.methods.base import Batch, Method
 from forgetcast.methods.registry import create
 
 WIDTH = 20
@@ -20,22 +21,6 @@ OPTIONS = {
 def method(name: str, **options) -> Method:
     torch.manual_seed(4)
     return create(name, Transformer(WIDTH), WIDTH, **{**OPTIONS[name], **options})
-
-
-def samples(index: int) -> tuple[Tensor, Tensor]:
-    rows = stream()[index].train
-    return torch.from_numpy(stream().source.inputs[rows]), torch.from_numpy(stream().outputs[rows])
-
-
-def task_of(index: int, size: int = 32) -> TaskData:
-    inputs, labels = samples(index)
-
-    def batches():
-        for places in torch.arange(len(labels)).split(size):
-            yield Batch(inputs[places], labels[places], places)
-
-    seen = tuple(output for task in stream().tasks[: index + 1] for output in task.classes)
-    return TaskData(index, stream()[index].classes, seen, batches)
 
 
 def step(made: Method, batch: Batch, optimizer: torch.optim.Optimizer) -> None:

@@ -6,6 +6,7 @@ import io
 import numpy as np
 import pytest
 import torch
+from digit_tasks import task_of
 from small import stream
 from torch import Tensor, nn
 from tuned import Transformer
@@ -15,7 +16,6 @@ from forgetcast.learn.cost import stored_numbers
 from forgetcast.learn.loop import learn
 from forgetcast.learn.optimizer import Optimization
 from forgetcast.methods.aper import APER, Merged
-from forgetcast.methods.base import Batch, TaskData
 from forgetcast.methods.ncm import SimpleCIL
 from forgetcast.methods.registry import takes_steps
 from forgetcast.tuners.adapter import Adapter
@@ -63,18 +63,6 @@ def backbone(name: str) -> nn.Module:
 
 def questions() -> Tensor:
     return torch.from_numpy(stream().source.inputs[np.concatenate([task.test for task in stream().tasks])])
-
-
-def task_of(index: int) -> TaskData:
-    rows = stream()[index].train
-    inputs, labels = torch.from_numpy(stream().source.inputs[rows]), torch.from_numpy(stream().outputs[rows])
-
-    def batches():
-        for places in torch.arange(len(labels)).split(32):
-            yield Batch(inputs[places], labels[places], places)
-
-    seen = tuple(output for task in stream().tasks[: index + 1] for output in task.classes)
-    return TaskData(index, stream()[index].classes, seen, batches)
 
 
 def unlearnt(method) -> None:

@@ -6,6 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from digit_tasks import samples, task_of
 from small import stream
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
@@ -16,7 +17,7 @@ from forgetcast.heads.subspaces import Subspaces
 from forgetcast.learn.cost import stored_numbers
 from forgetcast.learn.loop import learn
 from forgetcast.learn.optimizer import Optimization
-from forgetcast.methods.base import Batch, TaskData
+from forgetcast.methods.base import Batch
 from forgetcast.methods.ease import EASE
 from forgetcast.streams.domains import domain_incremental
 from forgetcast.streams.scenarios import class_incremental
@@ -30,22 +31,6 @@ OPTIMIZATION = Optimization("sgd", learning_rate=0.05, epochs=2, batch_size=32, 
 def method(**options) -> EASE:
     torch.manual_seed(4)
     return EASE(Transformer(WIDTH), WIDTH, **{"rank": RANK} | options)
-
-
-def samples(index: int) -> tuple[Tensor, Tensor]:
-    rows = stream()[index].train
-    return torch.from_numpy(stream().source.inputs[rows]), torch.from_numpy(stream().outputs[rows])
-
-
-def task_of(index: int, size: int = 32) -> TaskData:
-    inputs, labels = samples(index)
-
-    def batches():
-        for places in torch.arange(len(labels)).split(size):
-            yield Batch(inputs[places], labels[places], places)
-
-    seen = tuple(output for task in stream().tasks[: index + 1] for output in task.classes)
-    return TaskData(index, stream()[index].classes, seen, batches)
 
 
 def step(made: EASE, batch: Batch, optimizer: torch.optim.Optimizer) -> None:

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from digit_tasks import task_of
 from small import stream
 from tuned import Transformer
 
@@ -26,19 +27,6 @@ PARTS = ("prompts", "fusion", "contrast", "orthogonality", "averaging")
 def method(**options) -> NTKCL:
     torch.manual_seed(4)
     return NTKCL(Transformer(WIDTH), WIDTH, **{"prompts": 2, "rank": 16, "dropout": 0.0, "tasks": 3} | options)
-
-
-def task_of(index: int) -> TaskData:
-    task = stream()[index]
-    inputs = torch.from_numpy(stream().source.inputs[task.train])
-    labels = torch.from_numpy(stream().outputs[task.train])
-
-    def batches():
-        for places in torch.arange(len(labels)).split(32):
-            yield Batch(inputs[places], labels[places], places)
-
-    seen = tuple(output for earlier in stream().tasks[: index + 1] for output in earlier.classes)
-    return TaskData(index, task.classes, seen, batches)
 
 
 @pytest.mark.parametrize("pretrained", [False, True])
