@@ -149,6 +149,10 @@ def race(entrants: Sequence[Entrant], old: Probe, rules: Rules, allowance: float
 
     Returns:
         How many samples were read, points together.
+
+    Cost: one forward pass over these.
+
+    Source: racing, Maron and Moore 1994 (Hoeffding races); by errors of paired differences, Moore and Lee 1994.
     """
     running, met, passed = list(entrants), len(entrants[0].old), 0
     while met < len(old):
