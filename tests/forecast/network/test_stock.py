@@ -115,7 +115,7 @@ def test_part_of_the_samples_is_shaken_with_them(monkeypatch):
 
     monkeypatch.setattr(Stock, "slopes", counted)
     fc.forecast(model, old, new, training, budget=0.15)
-    assert len(sizes) == 2 * 60
-    assert len(set(sizes[:60])) == 1
+    assert len(sizes) == 4 * 60  # the path and its halves, then the shaken one
+    assert len(set(sizes[:180])) == 1
     assert sizes[0] < 600
-    assert set(sizes[60:]) == {-(-sizes[0] // 2)}
+    assert set(sizes[180:]) == {-(-sizes[0] // 2)}

@@ -1,5 +1,7 @@
 """How many anchors are in use together, and the noise of a run's batches."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -66,3 +68,37 @@ def test_profiles_and_energies_give_the_mean_square_of_gradients(seed):
     assert torch.allclose(second, expected)
     nothing = profile(near.weights, torch.zeros_like(along), near.gradients.square())
     assert torch.allclose(nothing, near.weights @ near.gradients.square())
+
+
+@given(st.integers(0, 10_000))
+def test_samples_of_equal_gradients_and_weights_count_fully(seed):
+    near, theta, weight, bias = near_some_point(seed)
+    held = window(near, None)
+    along = held.pulls(held.moved(theta), weight, bias)[2]
+    even = replace(near, gradients=near.gradients / (along * near.gradients.norm(dim=1))[:, None])
+    even = window(replace(even, offsets=even.gradients @ theta), None)
+    assert even.body(near.moved(theta), weight, bias, None)[2] == pytest.approx(len(near.weights))
+
+
+def test_how_many_samples_a_mean_is_worth_is_told_by_its_variance():
+    """Drawn by the size of their gradients, over many draws: E||mean||^2 - (1 - 1 / m) ||truth||^2 = E sum w^2 e."""
+    near, theta, weight, bias = near_some_point(5)
+    held = window(near, None)
+    features = held.moved(theta)
+    gradients = held.pulls(features, weight, bias)[2][:, None] * near.gradients
+    energies, truth, drawn = gradients.square().sum(1), gradients.mean(0), 4
+    chance = energies.sqrt() / energies.sqrt().sum()
+    generator = torch.Generator().manual_seed(0)
+    squares, told, even = [], [], []
+    for _ in range(4000):
+        taken = torch.multinomial(chance, drawn, replacement=True, generator=generator)
+        weights = 1 / (len(energies) * chance[taken] * drawn)
+        part = window(replace(near.part(taken), weights=weights), None)
+        part = replace(part, weights=weights)
+        slope, _, sharp = part.body(features[taken], weight, bias, None)
+        squares.append(float(slope.mean.square().sum()))
+        told.append(float((weights * energies[taken]).sum()) / sharp)
+        even.append(float((weights * energies[taken]).sum()) / part.effective)
+    variance = sum(squares) / len(squares) - (1 - 1 / drawn) * float(truth.square().sum())
+    assert sum(told) / len(told) == pytest.approx(variance, rel=0.05)
+    assert sum(even) / len(even) > 1.2 * variance

@@ -78,6 +78,7 @@ def along(
         _net=net,
         _surrogates=path.surrogates,
         _windows=path.windows,
+        _shares=path.shares,
         _stock=path.stock,
     )
 

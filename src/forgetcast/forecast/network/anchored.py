@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from forgetcast.forecast.network.draw import Draw
+from forgetcast.forecast.network.halves import Halves
 from forgetcast.forecast.network.head import Network
 from forgetcast.forecast.network.plan import Budget
 from forgetcast.forecast.network.samples import Samples
@@ -90,11 +91,15 @@ def anchored_path(
     batching = batching_of(training, population or len(new))
     start = Place(net.theta(), net.weight(), net.bias())
     stock = None if plan.exact else stock
-    walker = Walker(net, training, start.copy(), batching, stock=stock, remembers=not plan.exact)
+    walker, first, second = (
+        Walker(net, training, start.copy(), batching, stock=stock, remembers=not plan.exact) for _ in range(3)
+    )
+    halves = None if plan.exact or not net.body else Halves((first, second))
     anchors = dict(plan.anchors)
     order = batches(training, len(new)) if plan.exact and not isinstance(training, GradientDescent) else None
     kept: list[Surrogate] = []
     windows: list[int] = []
+    shares: list[float] = []
     unread = torch.ones(len(new), dtype=torch.bool)
     misses: list[tuple[float, float]] = []
     places: dict[int, Place] = {0: start} if 0 in plan.readings else {}
@@ -125,7 +130,8 @@ def anchored_path(
                 windows.append(
                     plan.window if plan.exact else _in_use(walker, misses, newest, plan.window, most_anchors)
                 )
-                walker.take(newest, windows[-1])
+                shares.append(1.0 if halves is None else halves.take(newest, windows[-1]))
+                walker.take(newest, windows[-1], shares[-1])
                 index += 1
                 if plan.exact:
                     for state in walker.states:
@@ -133,11 +139,13 @@ def anchored_path(
                 if keep:
                     kept.append(newest)
             walker.step()
+            if halves is not None:
+                halves.step()
             if step + 1 in plan.readings:
                 walker.check()
                 places[step + 1] = walker.place.copy()
             on_step(step + 1)
-    return Path(places, tuple(kept), tuple(windows), tuple(walker.blind), tuple(misses), stock)
+    return Path(places, tuple(kept), tuple(windows), tuple(shares), tuple(walker.blind), tuple(misses), stock)
 
 
 def _sight(net: Network, training: SGD | AdamW | GradientDescent, walker: Walker) -> Sight | None:

@@ -76,7 +76,7 @@ def trained_path(
                     raise complaint("a training that diverges", "one that stays finite", "Lower the learning rate.")
                 places[step + 1] = place
             on_step(step + 1)
-    return Path(places, (), (), (), ())
+    return Path(places, (), (), (), (), ())
 
 
 def _order(training: SGD | AdamW | GradientDescent, rows: int, samples: int | None) -> Iterator[Tensor]:

@@ -15,7 +15,7 @@ from forgetcast.forecast.network.result import read_at
 from forgetcast.forecast.network.trust import Trust
 from forgetcast.forecast.network.walker import Place
 
-SURE = 2.0
+SURE = 2.5
 """Standard errors beyond which a difference is taken for one."""
 GROWTH = 1.5
 LEAST_MORE = 8

@@ -89,6 +89,7 @@ class NetworkForecast(Forecast):
     _net: Network
     _surrogates: tuple[Surrogate, ...]
     _windows: tuple[int, ...] = ()
+    _shares: tuple[float, ...] = ()
     _stock: Stock | None = None
     _spanning: tuple[Reading, ...] = ()
 
@@ -273,6 +274,7 @@ class NetworkForecast(Forecast):
             rising,
             self.batching,
             self._windows,
+            self._shares,
             turns,
             stock=self._stock,
         )

@@ -12,6 +12,7 @@ of any loss follow by the chain rule; `blind` says which share of them falls out
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -126,6 +127,11 @@ class Surrogate:
 
     def __len__(self) -> int:
         return len(self.features)
+
+    @cached_property
+    def lengths(self) -> Float[Tensor, " n"]:
+        """||g_i||^2."""
+        return self.gradients.square().sum(1)
 
     @property
     def effective(self) -> float:

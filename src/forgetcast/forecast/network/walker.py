@@ -51,6 +51,7 @@ class Path:
         places: after each step asked for.
         surrogates: one an anchor; kept only where they are wanted again.
         windows: for each of them, how many are in use together from there on.
+        shares: for each of them, which share of the body's motion is believed from there on (`halves`).
         blind: for each step, the share of the gradient outside the surrogate's directions.
         misses: for each anchor but the first, squared error and squared size of the change that the one before it
             predicted along the directions of a few samples.
@@ -60,6 +61,7 @@ class Path:
     places: dict[int, Place]
     surrogates: tuple[Surrogate, ...]
     windows: tuple[int, ...]
+    shares: tuple[float, ...]
     blind: tuple[float, ...]
     misses: tuple[tuple[float, float], ...]
     stock: Stock | None = None
@@ -85,6 +87,7 @@ class Walker:
         share: of the stock that takes part, every so many; the run's own batches take all.
         remembers: whether what the run has fitted of its samples is taken into account (`memory`), where the batches
             are not its own.
+        believed: share of the body's motion that is taken for the run's (`halves`).
         blind: for each step, the share of the gradient outside the directions kept.
     """
 
@@ -96,6 +99,7 @@ class Walker:
     stock: Stock | None = None
     share: int = 1
     remembers: bool = True
+    believed: float = 1.0
     blind: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -108,14 +112,17 @@ class Walker:
         if self.stock is not None and self.stock.whole and not isinstance(self.training, GradientDescent):
             self.order = batches(self.training, self.batching.population)
         self.turns = () if self.stock is None or self.order is not None else self.stock.turns(self.share)
+        self.origin = self.place.theta.clone()
+        self.motion = torch.zeros_like(self.origin)
         self.near: Window | None = None
         self.taken: list[float] = []
         self.left: list[int] = []
         self.body: Slope | None = None
         self.profile: Tensor | None = None
 
-    def take(self, newest: Surrogate, most: int) -> None:
-        """From here on use this surrogate too, and of all so far the last `most`."""
+    def take(self, newest: Surrogate, most: int, believed: float = 1.0) -> None:
+        """From here on use this surrogate too, and of all so far the last `most`; and believe so much of the motion."""
+        self.believed = believed
         shift = None
         if not self.states[0].batching.exact:
             squares = newest.gradients.square()
@@ -160,8 +167,10 @@ class Walker:
         assert near is not None
         features = near.moved(place.theta)
         jitter = self._shaken(len(near.weights), near.effective)
-        body, blind = near.body(features, place.weight, place.bias, self.profile, jitter)
-        samples, recent = [near.effective] * 3, [self.lately()] * 3
+        body, blind, sharp = near.body(features, place.weight, place.bias, self.profile, jitter)
+        lately = self.lately()
+        samples = [sharp, near.effective, near.effective]
+        recent = [lately * sharp / near.effective, lately, lately]
         if self.stock is None:
             head = near.head(features, place.weight, place.bias, jitter)
         else:
@@ -181,11 +190,14 @@ class Walker:
         if not isinstance(self.training, GradientDescent) and self.training.max_gradient_norm is not None:
             square = sum(state.expected_square(value, slope, count) for state, value, slope, count, _ in parts)
             factor = clip_factor(self.training, max(square, 0.0) ** 0.5)
-        before = None if self.net.restraint is None else self.place.copy()
+        before = self.place.copy()
         for state, value, slope, count, of_late in parts:
             state.step(value, slope, count, of_late, factor)
-        if before is not None:
+        if self.net.restraint is not None:
             self.net.restrain(before.parts, place.parts)
+        self.motion += place.theta - before.theta
+        if self.believed < 1:
+            torch.add(self.origin, self.motion, alpha=self.believed, out=place.theta)
 
     def _head(self, held: Stock, near: Window, features: Tensor) -> tuple[tuple[Slope, Slope], float, float]:
         """Slopes of the head over a turn of the stock; samples behind them; and those that the momentum remembers."""
@@ -231,6 +243,7 @@ def follow(
     steps: Sequence[int],
     batching: Batching,
     windows: Sequence[int],
+    shares: Sequence[float] = (),
     turns: Sequence[int] | None = None,
     generator: torch.Generator | None = None,
     stock: Stock | None = None,
@@ -245,6 +258,7 @@ def follow(
         steps: after which the place is wanted, rising.
         batching: of the run.
         windows: for each surrogate, how many are in use together from there on, the newest and those before it.
+        shares: for each, which share of the body's motion is believed from there on; all of it by default.
         turns: from which step on each surrogate is used; by default from its own.
         generator: gives the steps the noise of a run's batches, and leaves out half of an incomplete stock.
         stock: features for the head's own training.
@@ -253,7 +267,8 @@ def follow(
     walker = Walker(net, training, start.copy(), batching, generator, stock, share)
     turns = [near.step for near in surrogates] if turns is None else turns
     places: dict[int, Place] = {0: start} if 0 in steps else {}
-    waiting = deque(zip(turns, surrogates, windows, strict=True))
+    shares = shares or [1.0] * len(surrogates)
+    waiting = deque(zip(turns, surrogates, windows, shares, strict=True))
     for step in range(max(steps, default=0)):
         while waiting and (waiting[0][0] <= step or (step == 0 and walker.near is None)):
             walker.take(*waiting.popleft()[1:])
@@ -261,7 +276,7 @@ def follow(
         if step + 1 in steps:
             walker.check()
             places[step + 1] = walker.place.copy()
-    return Path(places, tuple(surrogates), tuple(windows), tuple(walker.blind), ())
+    return Path(places, tuple(surrogates), tuple(windows), tuple(shares), tuple(walker.blind), ())
 
 
 def batching_of(training: SGD | AdamW | GradientDescent, rows: int) -> Batching:

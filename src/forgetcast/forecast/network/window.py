@@ -23,6 +23,7 @@ class Window:
         parts: the anchors.
         directions: (n, d) of all samples.
         weights: (n,) of all samples; they sum to 1, and an anchor counts as much as it has samples.
+        lengths: (n,) ||g_i||^2.
         shift: (n, C) by which the run's own steps on the samples have moved their logits (`memory`), or None.
         error: gradient of each sample's loss at its logits.
         effective: how many samples of equal weight would give as sharp a mean.
@@ -31,6 +32,7 @@ class Window:
     parts: tuple[Surrogate, ...]
     directions: Float[Tensor, "n d"]
     weights: Float[Tensor, " n"]
+    lengths: Float[Tensor, " n"]
     shift: Float[Tensor, "n C"] | None
     error: Callable[[Tensor], Tensor]
     effective: float
@@ -42,8 +44,14 @@ class Window:
         bias: Float[Tensor, " C"],
         profile: Float[Tensor, " P"] | None,
         jitter: Float[Tensor, " n"] | None = None,
-    ) -> tuple[Slope, float]:
-        """Slope of theta; and the share of the gradient at the features that lies outside the directions kept.
+    ) -> tuple[Slope, float, float]:
+        r"""Slope of theta; the share of the gradient at the features that lies outside the directions kept; and n.
+
+        How many samples of equal weight would give as sharp a mean of gradients w_i a_i g_i that are not all of a size,
+
+            n = sum_i w_i e_i / sum_i w_i^2 e_i,        e_i = a_i^2 ||g_i||^2
+
+        Samples that are drawn because their gradients are large carry small weights: n is several times 1 / sum w^2.
 
         Args:
             features: of all samples now, as `moved` gives them.
@@ -61,7 +69,10 @@ class Window:
         blind = 1 - float(along.square().sum()) / total if total > TINY else 0.0
         mean = _mixed(along * weights, [part.gradients for part in self.parts])
         energy = (self.weights * along.square()).sum()
-        return Slope(mean, mean.square() if profile is None else profile * energy), blind
+        squares = self.weights * along.square() * self.lengths
+        scatter = float((self.weights * squares).sum())
+        sharp = float(squares.sum()) / scatter if scatter > TINY else self.effective
+        return Slope(mean, mean.square() if profile is None else profile * energy), blind, sharp
 
     def head(
         self,
@@ -163,8 +174,9 @@ def _window(parts: tuple[Surrogate, ...], shift: Tensor | None) -> Window:
     weights = torch.cat([part.weights * (size / sum(sizes)) for part, size in zip(parts, sizes, strict=True)])
     objective = replace(parts[-1].objective, targets=torch.cat([part.objective.targets for part in parts]))
     directions = torch.cat([part.directions for part in parts])
+    lengths = torch.cat([part.lengths for part in parts])
     effective = 1 / float(weights.square().sum())
-    return Window(parts, directions, weights, shift, objective.errors(weights), effective)
+    return Window(parts, directions, weights, lengths, shift, objective.errors(weights), effective)
 
 
 def _mixed(share: Float[Tensor, " n"], rows: Sequence[Float[Tensor, "_ P"]]) -> Float[Tensor, " P"]:

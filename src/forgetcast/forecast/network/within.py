@@ -69,7 +69,8 @@ def forecast_within(asked: Given, start: Start, larger: NetworkForecast) -> Netw
     parts = tuple(_restricted(near, own, stands) for near in larger._surrogates)
     here = Place(net.theta(), net.weight(), net.bias())
     held = larger._stock
-    path = follow(net, training, here, parts, [training.steps], larger.batching, larger._windows, stock=held)
+    used = larger._windows, larger._shares
+    path = follow(net, training, here, parts, [training.steps], larger.batching, *used, stock=held)
     run = round(training.steps * larger.batching.size)
     cost = reading_cost(len(asked.old))
     plan = Budget(run, (), 0, (training.steps,), 0, 1, cost, 0.0, exact=False)
