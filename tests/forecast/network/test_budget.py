@@ -18,6 +18,7 @@ SIZES = {
     "new": st.integers(1, 2000),
     "old": st.integers(1, 2000),
     "look": st.booleans(),
+    "late": st.booleans(),
     "half": st.booleans(),
 }
 
@@ -45,6 +46,8 @@ def test_a_plan_costs_at_most_its_budget(sizes, budget):
     assert plan.checks > 0
     assert plan.looked <= sizes["new"]
     assert sizes["look"] or not plan.looked
+    assert (plan.look_step > 0) == (sizes["late"] and plan.looked > 0)
+    assert steps[-1] >= plan.look_step  # there is an anchor at which it is taken
 
 
 @given(st.fixed_dictionaries(SIZES), st.floats(1, 5))

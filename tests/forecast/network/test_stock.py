@@ -1,5 +1,7 @@
 """The head's own training on features at hand: exact where the body stands still, and the run's own order."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 import forgetcast as fc
 from builders import DOUBLE, relative_error
+from forgetcast.forecast.network.plan import LATE
 from forgetcast.forecast.network.stock import Stock, stock
 from forgetcast.forecast.network.surrogate import Objective
 from forgetcast.forecast.network.window import window
@@ -119,3 +122,41 @@ def test_part_of_the_samples_is_shaken_with_them(monkeypatch):
     assert len(set(sizes[:180])) == 1
     assert sizes[0] < 600
     assert set(sizes[180:]) == {-(-sizes[0] // 2)}
+
+
+def fresh() -> tuple[nn.Sequential, Tensor, tuple[Tensor, Tensor]]:
+    """A network whose new rows are equal, and a task that it learns in the direction of its classes."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 30), nn.Tanh(), nn.Linear(30, 5)).double()
+    with torch.no_grad():
+        model[2].weight[2:], model[2].bias[2:] = 0, 0
+    old, new = task(0, 900)
+    return model, old[0], new
+
+
+def test_a_fresh_head_is_looked_at_after_its_first_steps():
+    """At the start no loss says anything of the samples; the features are those of the step at which they are read."""
+    model, old, new = fresh()
+    training = fc.AdamW(learning_rate=2e-3, steps=200, batch_size=32, classes=NEW)
+    found = fc.forecast(model, old, new, training, budget=0.15)
+    held = found._stock
+    assert held is not None
+    assert LATE * 200 <= held.since < LATE * 200 + 5
+    assert not held.whole
+    fresh_samples = torch.cat([near.places for near in found._surrogates if near.step == held.since])
+    with torch.no_grad():
+        start = model[1](model[0](new[0]))
+    moved = torch.cdist(held.features[fresh_samples], start).amin(1)
+    assert float(moved.min()) > 1e-3
+    assert torch.equal(found.what_if().end.weight, found.end.weight)
+    assert fc.forecast(model, old, new, replace(training, steps=60), budget=0.15)._stock is None
+
+
+def test_a_late_look_moves_with_the_learning_rate():
+    model, old, new = fresh()
+    training = fc.AdamW(learning_rate=2e-3, steps=200, batch_size=32, classes=NEW)
+    found = fc.forecast(model, old, new, training, budget=0.15)
+    slower = found.what_if(learning_rate=1e-3, steps=400)
+    assert slower._stock.since == 2 * found._stock.since
+    again = slower.what_if(learning_rate=2e-3, steps=200)
+    assert torch.allclose(again.end.weight, found.end.weight, rtol=1e-9)

@@ -65,6 +65,7 @@ def anchored_path(
     *,
     population: int | None = None,
     stock: Stock | None = None,
+    late: Callable[[int], tuple[Draw, Stock | None]] | None = None,
     keep: bool = True,
     most_anchors: int = MOST_ANCHORS,
     on_step: Callable[[int], None] = lambda _: None,
@@ -79,6 +80,7 @@ def anchored_path(
         drawn: which samples an anchor takes.
         population: new samples of the training, where `new` are some of them.
         stock: their features at the start, if they have been read: for the head's own training.
+        late: reads them where the model stands at `plan.look_step`, and says which samples anchors take from there on.
         keep: whether the surrogates are kept, for what-ifs.
         most_anchors: in use together.
         on_step: called with the number of each step that is done.
@@ -110,6 +112,12 @@ def anchored_path(
         for step in range(steps):
             if step in anchors:
                 net.put(walker.place.theta, walker.place.weight, walker.place.bias)
+                if late is not None and step >= plan.look_step:
+                    drawn, stock = late(step)
+                    late = None
+                    for one in (walker, halves):
+                        if one is not None and stock is not None:
+                            one.keep(stock)
                 if newest is not None and plan.checks:
                     misses.append(_miss(net, new, newest, taken, walker.place, plan.checks))
                 if order is not None:

@@ -11,6 +11,7 @@ and only this share of the motion is believed: the path stands at theta_0 + c^2 
 
 from dataclasses import dataclass
 
+from forgetcast.forecast.network.stock import Stock
 from forgetcast.forecast.network.surrogate import TINY, Surrogate
 from forgetcast.forecast.network.walker import Walker
 
@@ -25,6 +26,11 @@ class Halves:
 
     walkers: tuple[Walker, Walker]
     count: int = 0
+
+    def keep(self, stock: Stock) -> None:
+        """Train the heads on these features, from their step on."""
+        for walker in self.walkers:
+            walker.keep(stock)
 
     def take(self, newest: Surrogate, most: int) -> float:
         """Give an anchor to the one whose turn it is, the first to both; of their own they use the last `most`.

@@ -15,6 +15,9 @@ LOOK_SHARE = 0.3
 LEAST_ROWS = 4
 HALF_OLD = 64
 """Old samples on which the check from half of the new samples is read."""
+LATE = 0.15
+LATE_ANCHORS = 64
+"""When a look is taken that at the start would see nothing, as a share of the steps, if so many anchors are left."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Budget:
         run: what the training itself costs: steps x batch size.
         anchors: (step, samples) of each anchor.
         looked: new samples of which only the loss is read, to draw hard ones more often.
+        look_step: when.
         readings: steps after which the old samples are read.
         checks: samples an anchor that are read again to test the one before it.
         window: anchors whose samples are in use together, at least.
@@ -42,6 +46,7 @@ class Budget:
     cost: float
     new_cost: float
     exact: bool
+    look_step: int = 0
 
     @property
     def share(self) -> float:
@@ -58,6 +63,7 @@ def plan_anchors(
     budget: float,
     readings: int = 3,
     look: bool,
+    late: bool = False,
     half: bool = True,
     anchor_rows: int = ANCHOR_ROWS,
 ) -> Budget:
@@ -74,6 +80,7 @@ def plan_anchors(
         budget: share of the run's cost; 1 or more replays the run itself.
         readings: how often old samples are read along the path, at most; fewer where they would take half the budget.
         look: whether the losses of the new samples are worth reading.
+        late: whether they are only after the first steps; then they are not read where few anchors would be left.
         half: whether one more reading goes to the check from half of the samples.
         anchor_rows: samples an anchor.
 
@@ -92,6 +99,9 @@ def plan_anchors(
     most = min(units / 3, units * (1 - LOOK_SHARE * look) - LEAST_ROWS)
     count = max((k for k in range(1, readings + 1) if k * reading + extra <= most), default=1)
     left = units - count * reading - extra
+    look_step = round(LATE * steps) if late else 0
+    if late and (look_step == 0 or units * (1 - LOOK_SHARE) - count * reading - extra < LATE_ANCHORS * anchor_rows):
+        look, look_step = False, 0
     looked = min(new, int(LOOK_SHARE * units / FORWARD)) if look else 0
     left -= FORWARD * looked
     if left < LEAST_ROWS * (1 - 1e-9):
@@ -111,7 +121,8 @@ def plan_anchors(
     anchors = tuple((step, rows if step else first) for step in places)
     new_cost = (number - 1) * (rows + FORWARD * checks) + first + FORWARD * looked
     cost = new_cost + extra + count * reading
-    return Budget(run, anchors, looked, reading_steps(steps, count), checks, window, cost, new_cost, exact=False)
+    at, look_step = reading_steps(steps, count), look_step if looked else 0
+    return Budget(run, anchors, looked, at, checks, window, cost, new_cost, exact=False, look_step=look_step)
 
 
 def reading_steps(steps: int, count: int) -> tuple[int, ...]:

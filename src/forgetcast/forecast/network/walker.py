@@ -12,7 +12,7 @@ from forgetcast.checks import complaint
 from forgetcast.forecast.network.head import Network
 from forgetcast.forecast.network.memory import fitted, visits
 from forgetcast.forecast.network.steps import Batching, ExpectedStep
-from forgetcast.forecast.network.stock import Stock
+from forgetcast.forecast.network.stock import Stock, Turn
 from forgetcast.forecast.network.surrogate import TINY, Slope, Surrogate
 from forgetcast.forecast.network.window import Window, profile, shaken_weights, window
 from forgetcast.forecast.simulate import batches
@@ -109,9 +109,9 @@ class Walker:
         trains = (len(self.place.theta) > 0, "weight" in self.net.of_head, "bias" in self.net.of_head)
         self.moving = trains
         self.order: Iterator[Tensor] | None = None
-        if self.stock is not None and self.stock.whole and not isinstance(self.training, GradientDescent):
-            self.order = batches(self.training, self.batching.population)
-        self.turns = () if self.stock is None or self.order is not None else self.stock.turns(self.share)
+        self.turns: tuple[Turn, ...] = ()
+        if self.stock is not None:
+            self.keep(self.stock)
         self.origin = self.place.theta.clone()
         self.motion = torch.zeros_like(self.origin)
         self.near: Window | None = None
@@ -119,6 +119,14 @@ class Walker:
         self.left: list[int] = []
         self.body: Slope | None = None
         self.profile: Tensor | None = None
+
+    def keep(self, stock: Stock) -> None:
+        """Train the head on these features, from their step on."""
+        self.stock = stock
+        if stock.whole and not isinstance(self.training, GradientDescent):
+            self.order = batches(self.training, self.batching.population)
+        else:
+            self.turns = stock.turns(self.share)
 
     def take(self, newest: Surrogate, most: int, believed: float = 1.0) -> None:
         """From here on use this surrogate too, and of all so far the last `most`; and believe so much of the motion."""
@@ -171,7 +179,7 @@ class Walker:
         lately = self.lately()
         samples = [sharp, near.effective, near.effective]
         recent = [lately * sharp / near.effective, lately, lately]
-        if self.stock is None:
+        if self.stock is None or len(self.blind) < self.stock.since:
             head = near.head(features, place.weight, place.bias, jitter)
         else:
             head, count, remembered = self._head(self.stock, near, features)
@@ -265,9 +273,9 @@ def follow(
     """
     share = 1 if generator is None else 2
     walker = Walker(net, training, start.copy(), batching, generator, stock, share)
-    turns = [near.step for near in surrogates] if turns is None else turns
     places: dict[int, Place] = {0: start} if 0 in steps else {}
     shares = shares or [1.0] * len(surrogates)
+    turns = [near.step for near in surrogates] if turns is None else turns
     waiting = deque(zip(turns, surrogates, windows, shares, strict=True))
     for step in range(max(steps, default=0)):
         while waiting and (waiting[0][0] <= step or (step == 0 and walker.near is None)):
