@@ -134,6 +134,7 @@ def fresh() -> tuple[nn.Sequential, Tensor, tuple[Tensor, Tensor]]:
     return model, old[0], new
 
 
+@pytest.mark.usefixtures("unchecked_types")
 def test_a_fresh_head_is_looked_at_after_its_first_steps():
     """At the start no loss says anything of the samples; the features are those of the step at which they are read."""
     model, old, new = fresh()
@@ -152,6 +153,7 @@ def test_a_fresh_head_is_looked_at_after_its_first_steps():
     assert fc.forecast(model, old, new, replace(training, steps=60), budget=0.15)._stock is None
 
 
+@pytest.mark.usefixtures("unchecked_types")
 def test_a_late_look_moves_with_the_learning_rate():
     model, old, new = fresh()
     training = fc.AdamW(learning_rate=2e-3, steps=200, batch_size=32, classes=NEW)

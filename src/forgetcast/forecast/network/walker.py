@@ -198,12 +198,12 @@ class Walker:
         if not isinstance(self.training, GradientDescent) and self.training.max_gradient_norm is not None:
             square = sum(state.expected_square(value, slope, count) for state, value, slope, count, _ in parts)
             factor = clip_factor(self.training, max(square, 0.0) ** 0.5)
-        before = self.place.copy()
+        theta, before = place.theta.clone(), None if self.net.restraint is None else place.copy()
         for state, value, slope, count, of_late in parts:
             state.step(value, slope, count, of_late, factor)
-        if self.net.restraint is not None:
+        if before is not None:
             self.net.restrain(before.parts, place.parts)
-        self.motion += place.theta - before.theta
+        self.motion += place.theta - theta
         if self.believed < 1:
             torch.add(self.origin, self.motion, alpha=self.believed, out=place.theta)
 
