@@ -1,5 +1,7 @@
 """Which share of the body's motion is believed: by two paths along every other anchor."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from small_networks import NEW, network_and_task
@@ -8,6 +10,7 @@ from test_memory_of_a_run import BATCHING, near_some_point
 import forgetcast as fc
 from forgetcast.forecast.network.given import given
 from forgetcast.forecast.network.halves import Halves
+from forgetcast.forecast.network.steps import ExpectedStep
 from forgetcast.forecast.network.walker import Place, Walker
 
 TRAINING = fc.AdamW(learning_rate=3e-3, steps=60, batch_size=16, classes=NEW)
@@ -47,6 +50,21 @@ def test_the_share_is_what_one_motion_explains_of_the_other(other, share):
         walker.motion = torch.tensor(motion)
     assert halves.take(near_some_point(0)[0], 8) == pytest.approx(share)
     assert [walker.believed for walker in halves.walkers] == pytest.approx([share, share])
+
+
+def test_the_noise_of_a_step_is_that_of_its_own_samples(monkeypatch):
+    """Drawn by their size, samples are worth more than their weights tell; so are those that the momentum remembers."""
+    walker, _ = walkers()
+    near, *_ = near_some_point(0)
+    chance = near.lengths / near.lengths.sum()
+    walker.take(replace(near, weights=(1 / chance) / (1 / chance).sum()), 8)
+    told, step = [], ExpectedStep.step
+    monkeypatch.setattr(ExpectedStep, "step", lambda *given: told.append(given[3:5]) or step(*given))
+    features = walker.near.moved(walker.place.theta)
+    sharp = walker.near.body(features, walker.place.weight, walker.place.bias, walker.profile)[2]
+    walker.step()
+    assert abs(sharp / walker.near.effective - 1) > 0.05
+    assert told[0] == pytest.approx((sharp, sharp))
 
 
 def test_anchors_that_say_the_same_are_believed():

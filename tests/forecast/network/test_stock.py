@@ -135,15 +135,19 @@ def fresh() -> tuple[nn.Sequential, Tensor, tuple[Tensor, Tensor]]:
 
 
 @pytest.mark.usefixtures("unchecked_types")
-def test_a_fresh_head_is_looked_at_after_its_first_steps():
+def test_a_fresh_head_is_looked_at_after_its_first_steps(monkeypatch):
     """At the start no loss says anything of the samples; the features are those of the step at which they are read."""
     model, old, new = fresh()
     training = fc.AdamW(learning_rate=2e-3, steps=200, batch_size=32, classes=NEW)
-    found = fc.forecast(model, old, new, training, budget=0.15)
+    used, slopes = [], Stock.slopes
+    with monkeypatch.context() as patch:
+        patch.setattr(Stock, "slopes", lambda *given: used.append(1) or slopes(*given))
+        found = fc.forecast(model, old, new, training, budget=0.15)
     held = found._stock
     assert held is not None
     assert LATE * 200 <= held.since < LATE * 200 + 5
     assert not held.whole
+    assert len(used) == 4 * (200 - held.since)  # by the path, its halves and the shaken one
     fresh_samples = torch.cat([near.places for near in found._surrogates if near.step == held.since])
     with torch.no_grad():
         start = model[1](model[0](new[0]))

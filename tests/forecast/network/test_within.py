@@ -53,6 +53,7 @@ def test_of_all_parameters_it_is_the_forecast_itself(training):
     assert torch.equal(same.end.theta, whole.end.theta)
     assert torch.equal(same.drift, whole.drift)
     assert whole.relative_drift > 0.01
+    assert min(whole._shares) < 1  # of which it believes the same
     assert same.trust == whole.trust
     assert same.share_of_run == pytest.approx(reading_cost(30) / (24 * 10))
 
