@@ -11,6 +11,7 @@ import forgetcast as fc
 from forgetcast.forecast.network.given import given
 from forgetcast.forecast.network.halves import Halves
 from forgetcast.forecast.network.steps import ExpectedStep
+from forgetcast.forecast.network.stock import stock
 from forgetcast.forecast.network.walker import Place, Walker
 
 TRAINING = fc.AdamW(learning_rate=3e-3, steps=60, batch_size=16, classes=NEW)
@@ -45,11 +46,19 @@ def test_each_takes_every_other_anchor_and_both_the_first():
     [([3.0, 4.0], 1.0), ([6.0, 8.0], 1.0), ([-4.0, 3.0], 0.0), ([-3.0, -4.0], 0.0), ([5.0, 0.0], 0.36)],
 )
 def test_the_share_is_what_one_motion_explains_of_the_other(other, share):
-    halves = Halves(walkers(), count=3)
+    halves, near = Halves(walkers(), count=3), near_some_point(0)[0]
+    halves.keep(stock(near.features, near.objective, whole=False))
     for walker, motion in zip(halves.walkers, ([3.0, 4.0], other), strict=True):
         walker.motion = torch.tensor(motion)
-    assert halves.take(near_some_point(0)[0], 8) == pytest.approx(share)
+    assert halves.take(near, 8) == pytest.approx(share)
     assert [walker.believed for walker in halves.walkers] == pytest.approx([share, share])
+
+
+def test_halves_with_heads_of_their_own_say_nothing_of_the_body():
+    halves = Halves(walkers(), count=3)
+    for walker, motion in zip(halves.walkers, ([3.0, 4.0], [-4.0, 3.0]), strict=True):
+        walker.motion = torch.tensor(motion)
+    assert halves.take(near_some_point(0)[0], 8) == 1
 
 
 def test_the_noise_of_a_step_is_that_of_its_own_samples(monkeypatch):

@@ -6,7 +6,9 @@ anchor in common, walk the same way and different noise. Of what one has walked 
 
     c^2,        c = cos(theta_A - theta_0, theta_B - theta_0)
 
-and only this share of the motion is believed: the path stands at theta_0 + c^2 (theta_t - theta_0).
+and only this share of the motion is believed: the path stands at theta_0 + c^2 (theta_t - theta_0). This is so where heads
+are trained on features at hand (`Stock`): otherwise each half has but its own anchors to train a head on, and the halves
+part for that.
 """
 
 from dataclasses import dataclass
@@ -52,7 +54,8 @@ class Halves:
             walker.step()
 
     def _share(self) -> float:
-        """c^2; 0 where they have gone apart, 1 where none has moved or no anchor tells them apart yet."""
+        """c^2; 0 where they have gone apart, 1 where none has moved or it cannot be told yet."""
         first, second = (walker.motion for walker in self.walkers)
         size = float(first.norm() * second.norm())
-        return max(float(first @ second) / size, 0.0) ** 2 if size > TINY and self.count > 2 else 1.0
+        told = size > TINY and self.count > 2 and self.walkers[0].stock is not None
+        return max(float(first @ second) / size, 0.0) ** 2 if told else 1.0
