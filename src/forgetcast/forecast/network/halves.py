@@ -6,9 +6,9 @@ anchor in common, walk the same way and different noise. Of what one has walked 
 
     c^2,        c = cos(theta_A - theta_0, theta_B - theta_0)
 
-and only this share of the motion is believed: the path stands at theta_0 + c^2 (theta_t - theta_0). This is so where heads
-are trained on features at hand (`Stock`): otherwise each half has but its own anchors to train a head on, and the halves
-part for that.
+and only this share of the motion is believed: the path stands at theta_0 + c^2 (theta_t - theta_0). This is so where
+heads are trained on features at hand (`Stock`): otherwise each half has but its own anchors to train a head on, and the
+halves part for that.
 """
 
 from dataclasses import dataclass
