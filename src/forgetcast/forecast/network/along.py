@@ -91,7 +91,10 @@ def _sampling_error(
     readings: Sequence[Reading],
     batching: Batching,
 ) -> float | None:
-    """How far the old drift moves with every other sample of each anchor, and the noise of a run's batches."""
+    """How far the old drift moves with every other sample of each anchor, and the noise of a run's batches.
+
+    This path is walked whole, whatever share of its motion the forecast believes: the rest of it is what is uncertain.
+    """
     halves = [near.part(torch.arange(0, len(near), 2)) for near in path.surrogates]
     step = readings[-1].step
     windows = [2 * count for count in path.windows]  # as many samples in use, so that the optimiser sees as much noise

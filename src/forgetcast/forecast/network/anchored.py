@@ -93,10 +93,12 @@ def anchored_path(
     batching = batching_of(training, population or len(new))
     start = Place(net.theta(), net.weight(), net.bias())
     stock = None if plan.exact else stock
-    walker, first, second = (
-        Walker(net, training, start.copy(), batching, stock=stock, remembers=not plan.exact) for _ in range(3)
-    )
-    halves = None if plan.exact or not net.body else Halves((first, second))
+
+    def at_start() -> Walker:
+        return Walker(net, training, start.copy(), batching, stock=stock, remembers=not plan.exact)
+
+    walker = at_start()
+    halves = None if plan.exact or not net.body else Halves((at_start(), at_start()))
     anchors = dict(plan.anchors)
     order = batches(training, len(new)) if plan.exact and not isinstance(training, GradientDescent) else None
     kept: list[Surrogate] = []

@@ -9,6 +9,8 @@ anchor in common, walk the same way and different noise. Of what one has walked 
 and only this share of the motion is believed: the path stands at theta_0 + c^2 (theta_t - theta_0). This is so where
 heads are trained on features at hand (`Stock`): otherwise each half has but its own anchors to train a head on, and the
 halves part for that.
+
+Source: derived; the square was set on twelve transitions (docs/network.md).
 """
 
 from dataclasses import dataclass
