@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from small_networks import NEW, network_and_task
 
@@ -23,6 +23,7 @@ SIZES = {
 }
 
 
+@example({"steps": 3, "batch": 1000, "new": 2000, "old": 20, "look": True, "late": True, "half": True}, 0.9)
 @given(st.fixed_dictionaries(SIZES), st.floats(0.001, 0.999))
 def test_a_plan_costs_at_most_its_budget(sizes, budget):
     try:

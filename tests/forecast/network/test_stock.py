@@ -130,7 +130,7 @@ def fresh() -> tuple[nn.Sequential, Tensor, tuple[Tensor, Tensor]]:
     model = nn.Sequential(nn.Linear(12, 30), nn.Tanh(), nn.Linear(30, 5)).double()
     with torch.no_grad():
         model[2].weight[2:], model[2].bias[2:] = 0, 0
-    old, new = task(0, 900)
+    old, new = task(0, 400)
     return model, old[0], new
 
 
@@ -146,7 +146,8 @@ def test_a_fresh_head_is_looked_at_after_its_first_steps(monkeypatch):
     held = found._stock
     assert held is not None
     assert LATE * 200 <= held.since < LATE * 200 + 5
-    assert not held.whole
+    assert len(held.features) == 400
+    assert not held.whole  # all of them, and yet not from the first batch of the run on
     assert len(used) == 4 * (200 - held.since)  # by the path, its halves and the shaken one
     fresh_samples = torch.cat([near.places for near in found._surrogates if near.step == held.since])
     with torch.no_grad():
