@@ -5,12 +5,14 @@ import shutil
 
 import pytest
 from hypothesis import settings
-from jaxtyping import config, install_import_hook
+from jaxtyping import config
+
+from typechecked import install
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 settings.register_profile("forgetcast", deadline=None, derandomize=True)
 settings.load_profile("forgetcast")
-install_import_hook("forgetcast", "typechecked.check")
+install()
 
 
 @pytest.fixture
