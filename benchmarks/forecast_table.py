@@ -159,7 +159,6 @@ def transition(
         "interval": list(found.interval),
         "sampling_error": found.trust.sampling_error,
         "surrogate_error": found.trust.surrogate_error,
-        "class_agreement": found.trust.class_agreement,
     }
     results["pilot"] |= {"share": pilot.share_of_run, "seconds_share": pilot_spent / run_spent}
     results["no change"] = {"accuracy": accuracy(before, old.targets)}

@@ -1,14 +1,10 @@
 """A forecast told from a path that has been followed: the old answers read on it, and what it knows of its error."""
 
 from collections.abc import Mapping, Sequence
-from math import isnan
 from time import perf_counter
 from typing import Any
 
-import pandas as pd
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from forgetcast.forecast.network.given import Given
 from forgetcast.forecast.network.head import Network
@@ -56,9 +52,9 @@ def along(
     batching = batching_of(training, len(new))
     before = start_reading(net, start)
     readings = (before, *(read_at(net, old, step, place) for step, place in sorted(path.places.items())))
-    sampling = agreement = None
+    sampling = None
     if path.surrogates and not plan.exact and max(len(near) for near in path.surrogates) > 1:
-        sampling, agreement = _against_half(net, old, training, path, readings, batching)
+        sampling = _sampling_error(net, old, training, path, readings, batching)
     silent = bool(net.body) and bool(path.surrogates) and not bool(path.surrogates[0].gradients.any())
     blind = sum(path.blind) / max(len(path.blind), 1)
     passes = {"old": len(readings) - 1 + (sampling is not None), "new": round(plan.new_cost / len(new))}
@@ -74,15 +70,7 @@ def along(
         },
         cost=Cost(perf_counter() - started, passes, estimator),
         estimator=estimator,
-        trust=Trust(
-            sampling,
-            path.surrogate_error,
-            blind,
-            degenerate(net, new, training),
-            plan.exact,
-            silent,
-            class_agreement=agreement,
-        ),
+        trust=Trust(sampling, path.surrogate_error, blind, degenerate(net, new, training), plan.exact, silent),
         share_of_run=plan.share,
         readings=readings,
         batching=batching,
@@ -95,17 +83,16 @@ def along(
     )
 
 
-def _against_half(
+def _sampling_error(
     net: Network,
     old: Samples,
     training: SGD | AdamW | GradientDescent,
     path: Path,
     readings: Sequence[Reading],
     batching: Batching,
-) -> tuple[float | None, float | None]:
-    """How far the old drift moves with half of each anchor's samples, and how it reorders the classes' rises in loss.
+) -> float | None:
+    """How far the old drift moves with every other sample of each anchor, and the noise of a run's batches.
 
-    Every other sample of each anchor, and the noise of a run's batches: what `Trust` calls the shaken path.
     This path is walked whole, whatever share of its motion the forecast believes: the rest of it is what is uncertain.
     """
     halves = [near.part(torch.arange(0, len(near), 2)) for near in path.surrogates]
@@ -116,25 +103,11 @@ def _against_half(
         net, training, readings[0].place, halves, [step], batching, windows, generator=noise, stock=path.stock
     )
     place = again.places[step]
-    few = old.at(torch.linspace(0, len(old) - 1, min(len(old), HALF_OLD)).long())
-    places = torch.linspace(0, len(old) - 1, len(few)).long().to(net.device)
-    before, whole = (reading.logits[places] for reading in (readings[0], readings[-1]))
-    size = float((whole - before).double().norm())
+    few = torch.linspace(0, len(old) - 1, min(len(old), HALF_OLD)).long()
+    before = readings[0].logits[few.to(net.device)]
+    drift = readings[-1].logits[few.to(net.device)] - before
+    size = float(drift.double().norm())
     if size == 0:
-        return None, None
-    half = read_at(net, few, step, place).logits
-    return float((half - whole).double().norm()) / size, _rank_correlation(before, whole, half, few.targets)
-
-
-def _rank_correlation(before: Tensor, whole: Tensor, half: Tensor, targets: Tensor | None) -> float | None:
-    """Spearman's, of the rise in cross-entropy, class by class, on two paths; None without three classes to order."""
-    if targets is None or targets.ndim != 1:
         return None
-    labels = targets.to(before.device)
-    losses = [cross_entropy(logits.double(), labels, reduction="none").cpu() for logits in (before, whole, half)]
-    rises = pd.DataFrame({"class": labels.cpu(), "whole": losses[1] - losses[0], "half": losses[2] - losses[0]})
-    places = rises.groupby("class").mean().rank()
-    if len(places) < 3:
-        return None
-    found = float(places["whole"].corr(places["half"]))
-    return None if isnan(found) else found
+    half = read_at(net, old.at(few), step, place).logits - before
+    return float((half - drift).double().norm()) / size

@@ -33,7 +33,6 @@ class Trust:
     degenerate: bool
     exact: bool = False
     silent: bool = False
-    class_agreement: float | None = None
 
     @property
     def expected_cosine(self) -> float | None:
