@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 Inputs = tuple[Tensor, ...]
 TEXT_LENGTH = 16
-TEXTS_AN_INTENT = 60
+TEXTS_AN_INTENT = 100
 FIRST_TEXT_LAYER = 3
 FIRST_IMAGE_BLOCK = 10
-IMAGES_A_CLASS = 150
+IMAGES_A_CLASS = 500
 TEST_IMAGES_A_CLASS = 12
 
 
@@ -232,19 +232,19 @@ def with_adapters(model: nn.Module) -> None:
 
 SETTINGS = {
     "minilm_lora": Setting(
-        "MiniLM, LoRA (r = 4) in its last 3 of 6 layers, CLINC150, 15 intents and 900 texts a task",
+        "MiniLM, LoRA (r = 4) in its last 3 of 6 layers, CLINC150, 15 intents and 1,500 texts a task",
         text_data,
         text_model,
         base=5,
     ),
     "vit_lora": Setting(
-        "ViT-Tiny at 112 px, LoRA (r = 4) in its last 2 of 12 blocks, CIFAR-100, 10 classes and 1,500 images a task",
+        "ViT-Tiny at 112 px, LoRA (r = 4) in its last 2 of 12 blocks, CIFAR-100, 10 classes and 5,000 images a task",
         image_data,
         image_model(with_lora),
         base=5,
     ),
     "vit_adapter": Setting(
-        "ViT-Tiny at 112 px, bottleneck adapters (8) in its last 2 of 12 blocks, CIFAR-100, 10 classes and 1,500 "
+        "ViT-Tiny at 112 px, bottleneck adapters (8) in its last 2 of 12 blocks, CIFAR-100, 10 classes and 5,000 "
         "images a task",
         image_data,
         image_model(with_adapters),
