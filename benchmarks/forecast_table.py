@@ -286,7 +286,7 @@ def page() -> str:
         "over its samples to fit the rows (16% of a run of 3 epochs); the forecast uses these features, the pilot",
         "does not. With it a placed forecast costs 31% of the passes. *Seconds* include it. Three constants (how fast",
         "tangents go stale, how many anchors are in use at most, what the shaken path exaggerates) were set on the",
-        "first transition of seed 0 of the two LoRA settings; the share of the body's motion that is believed, and when",
+        "first transition of seed 0 of the two LoRA settings; the share of the body's motion that is believed and when",
         "the late look is taken, on the first three. They are in the tables. *Within interval*: how often the measured",
         "accuracy was in the interval that the forecast gives for it.",
         "",
