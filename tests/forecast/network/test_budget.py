@@ -18,12 +18,12 @@ SIZES = {
     "new": st.integers(1, 2000),
     "old": st.integers(1, 2000),
     "look": st.booleans(),
-    "late": st.booleans(),
+    "fresh": st.booleans(),
     "half": st.booleans(),
 }
 
 
-@example({"steps": 3, "batch": 1000, "new": 2000, "old": 20, "look": True, "late": True, "half": True}, 0.9)
+@example({"steps": 3, "batch": 1000, "new": 2000, "old": 20, "look": True, "fresh": False, "half": True}, 0.9)
 @given(st.fixed_dictionaries(SIZES), st.floats(0.001, 0.999))
 def test_a_plan_costs_at_most_its_budget(sizes, budget):
     try:
@@ -46,9 +46,9 @@ def test_a_plan_costs_at_most_its_budget(sizes, budget):
     assert plan.readings[-1] == sizes["steps"]
     assert plan.checks > 0
     assert plan.looked <= sizes["new"]
-    assert sizes["look"] or not plan.looked
-    assert (plan.look_step > 0) == (sizes["late"] and plan.looked > 0)
-    assert steps[-1] >= plan.look_step  # there is an anchor at which it is taken
+    assert (sizes["look"] and not sizes["fresh"]) or not plan.looked
+    assert plan.fresh == sizes["fresh"]
+    assert plan.window == 1 or not plan.fresh
 
 
 @given(st.fixed_dictionaries(SIZES), st.floats(1, 5))

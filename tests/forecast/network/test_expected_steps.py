@@ -163,3 +163,15 @@ def test_a_clipped_step_is_the_step_of_clipped_gradients():
             state.step(value, _slope(given), 4.0, 4.0, factor)
             values.append(value)
         assert relative_error(*values) < 1e-12
+
+
+def test_few_samples_are_taken_for_the_batches_where_that_is_asked_for():
+    gradients, training = torch.randn(8, 5, generator=torch.Generator().manual_seed(0), dtype=DOUBLE), fc.AdamW(0.1, 1)
+    told = []
+    for few in (False, True):
+        state = ExpectedStep(training, gradients.new_zeros(5), Batching(64.0, 1000, few=few))
+        state.step(gradients.new_zeros(5), _slope(gradients), 8.0, 8.0)
+        told.append(state.second / (1 - training.betas[1]))
+    mean, spread = gradients.mean(0), gradients.var(0, correction=0) / (1 - state.batching.noise(8.0))
+    assert torch.allclose(told[1], mean.square())
+    assert torch.allclose(told[0], mean.square() + spread * (state.batching.noise(64.0) - state.batching.noise(8.0)))

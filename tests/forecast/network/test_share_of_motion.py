@@ -10,8 +10,8 @@ from test_memory_of_a_run import BATCHING, near_some_point
 import forgetcast as fc
 from forgetcast.forecast.network.given import given
 from forgetcast.forecast.network.halves import Halves
-from forgetcast.forecast.network.steps import ExpectedStep
-from forgetcast.forecast.network.stock import stock
+from forgetcast.forecast.network.steps import Batching, ExpectedStep
+from forgetcast.forecast.network.stock import Stock, stock
 from forgetcast.forecast.network.walker import Place, Walker
 
 TRAINING = fc.AdamW(learning_rate=3e-3, steps=60, batch_size=16, classes=NEW)
@@ -23,11 +23,12 @@ def learner(seed: int) -> tuple[torch.nn.Module, torch.Tensor, torch.Tensor]:
     return model, torch.randn(60, 40), torch.randn(400, 40)
 
 
-def walkers() -> tuple[Walker, Walker]:
+def walkers(held: Stock | None = None, batching: Batching = BATCHING) -> tuple[Walker, Walker]:
     model, old, new = network_and_task("perceptron")
     net = given(model, old, new, TRAINING, None, None, None).net
     _, theta, weight, bias = near_some_point(0)
-    both = (Walker(net, fc.SGD(0.1, 10, batch_size=8), Place(theta, weight, bias).copy(), BATCHING) for _ in range(2))
+    training, place = fc.SGD(0.1, 10, batch_size=8), Place(theta, weight, bias)
+    both = (Walker(net, training, place.copy(), batching, stock=held) for _ in range(2))
     return next(both), next(both)
 
 
@@ -46,12 +47,28 @@ def test_each_takes_every_other_anchor_and_both_the_first():
     [([3.0, 4.0], 1.0), ([6.0, 8.0], 1.0), ([-4.0, 3.0], 0.0), ([-3.0, -4.0], 0.0), ([5.0, 0.0], 0.36)],
 )
 def test_the_share_is_what_one_motion_explains_of_the_other(other, share):
-    halves, near = Halves(walkers(), count=3), near_some_point(0)[0]
-    halves.keep(stock(near.features, near.objective, whole=False))
+    near = near_some_point(0)[0]
+    halves = Halves(walkers(stock(near.features, near.objective, whole=False)), count=3)
     for walker, motion in zip(halves.walkers, ([3.0, 4.0], other), strict=True):
         walker.motion = torch.tensor(motion)
     assert halves.take(near, 8) == pytest.approx(share)
     assert [walker.believed for walker in halves.walkers] == pytest.approx([share, share])
+
+
+@pytest.mark.parametrize(
+    ("other", "share"), [([6.0, 8.0], 1.0), ([5.0, 0.0], 1.0), ([-0.58318, 0.81239], 0.6), ([-4.0, 3.0], 0.0)]
+)
+def test_of_a_fresh_head_twice_the_cosine_is_told_and_all_is_walked(other, share):
+    halves, near = Halves(walkers(batching=replace(BATCHING, few=True)), count=3), near_some_point(0)[0]
+    for walker, motion in zip(halves.walkers, ([3.0, 4.0], other), strict=True):
+        walker.motion = torch.tensor(motion)
+    assert halves.take(near, 8) == pytest.approx(share, abs=1e-4)
+    walker = halves.walkers[1]
+    walker.motion = torch.zeros_like(walker.origin)
+    walker.step()
+    assert float(walker.motion.norm()) > 0
+    assert torch.allclose(walker.place.theta, walker.origin + walker.motion)
+    assert torch.allclose(walker.told().theta, walker.origin + walker.believed * walker.motion)
 
 
 def test_halves_with_heads_of_their_own_say_nothing_of_the_body():

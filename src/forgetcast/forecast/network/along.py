@@ -49,7 +49,7 @@ def along(
     """
     net, old, new, training = asked.net, asked.old, asked.new, asked.training
     assert isinstance(training, SGD | AdamW | GradientDescent)
-    batching = batching_of(training, len(new))
+    batching = batching_of(training, len(new), fresh=plan.fresh)
     before = start_reading(net, start)
     readings = (before, *(read_at(net, old, step, place) for step, place in sorted(path.places.items())))
     sampling = None

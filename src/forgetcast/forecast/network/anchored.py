@@ -65,7 +65,6 @@ def anchored_path(
     *,
     population: int | None = None,
     stock: Stock | None = None,
-    late: Callable[[int], tuple[Draw, Stock | None]] | None = None,
     keep: bool = True,
     most_anchors: int = MOST_ANCHORS,
     on_step: Callable[[int], None] = lambda _: None,
@@ -80,7 +79,6 @@ def anchored_path(
         drawn: which samples an anchor takes.
         population: new samples of the training, where `new` are some of them.
         stock: their features at the start, if they have been read: for the head's own training.
-        late: reads them where the model stands at `plan.look_step`, and says which samples anchors take from there on.
         keep: whether the surrogates are kept, for what-ifs.
         most_anchors: in use together.
         on_step: called with the number of each step that is done.
@@ -90,7 +88,8 @@ def anchored_path(
 
     Cost: one pass forward and backward for every anchor sample; 4 n P a step besides.
     """
-    batching = batching_of(training, population or len(new))
+    batching = batching_of(training, population or len(new), fresh=plan.fresh)
+    most = 1 if plan.fresh else most_anchors
     start = Place(net.theta(), net.weight(), net.bias())
     stock = None if plan.exact else stock
 
@@ -114,12 +113,6 @@ def anchored_path(
         for step in range(steps):
             if step in anchors:
                 net.put(walker.place.theta, walker.place.weight, walker.place.bias)
-                if late is not None and step >= plan.look_step:
-                    drawn, stock = late(step)
-                    late = None
-                    for one in (walker, halves):
-                        if one is not None and stock is not None:
-                            one.keep(stock)
                 if newest is not None and plan.checks:
                     misses.append(_miss(net, new, newest, taken, walker.place, plan.checks))
                 if order is not None:
@@ -137,9 +130,7 @@ def anchored_path(
                     net, work, chosen, training, weights, step, ahead, unread[taken].to(device), taken.to(device)
                 )
                 unread[taken] = False
-                windows.append(
-                    plan.window if plan.exact else _in_use(walker, misses, newest, plan.window, most_anchors)
-                )
+                windows.append(plan.window if plan.exact else _in_use(walker, misses, newest, plan.window, most))
                 shares.append(1.0 if halves is None else halves.take(newest, windows[-1]))
                 walker.take(newest, windows[-1], shares[-1])
                 index += 1
@@ -153,7 +144,7 @@ def anchored_path(
                 halves.step()
             if step + 1 in plan.readings:
                 walker.check()
-                places[step + 1] = walker.place.copy()
+                places[step + 1] = walker.told()
             on_step(step + 1)
     return Path(places, tuple(kept), tuple(windows), tuple(shares), tuple(walker.blind), tuple(misses), stock)
 

@@ -13,7 +13,7 @@ from forgetcast.checks import complaint, require_choice, require_integer, requir
 from forgetcast.forecast.network.along import along, start_reading
 from forgetcast.forecast.network.anchored import anchored_path
 from forgetcast.forecast.network.closed import closed
-from forgetcast.forecast.network.draw import Draw, draw
+from forgetcast.forecast.network.draw import draw
 from forgetcast.forecast.network.given import Given, Outputs, given
 from forgetcast.forecast.network.head import Network, Restraint
 from forgetcast.forecast.network.pilot import trained_path
@@ -21,7 +21,7 @@ from forgetcast.forecast.network.plan import FORWARD, Budget, plan_anchors
 from forgetcast.forecast.network.result import NetworkForecast
 from forgetcast.forecast.network.samples import Samples
 from forgetcast.forecast.network.start import Head, Start, degenerate, pulls, read_start
-from forgetcast.forecast.network.stock import Stock, stock
+from forgetcast.forecast.network.stock import stock
 from forgetcast.forecast.network.surrogate import Objective
 from forgetcast.forecast.network.walker import Path, batching_of
 from forgetcast.forecast.network.window import MOST_ANCHORS
@@ -139,7 +139,7 @@ def forecast_from(
         return closed(net, before, old_samples, new_samples, training, asked.described, estimator, started, start.new)
     assert isinstance(training, SGD | AdamW | GradientDescent)
     batching = batching_of(training, len(new_samples))
-    look = start.scores is None and estimator == "anchored"
+    unseen = start.scores is None and estimator == "anchored"
     plan = plan_anchors(
         steps=training.steps,
         batch=round(batching.size),
@@ -147,8 +147,8 @@ def forecast_from(
         old=len(old_samples),
         budget=budget,
         readings=readings,
-        look=look,
-        late=look and degenerate(net, new_samples, training),
+        look=unseen,
+        fresh=unseen and degenerate(net, new_samples, training),
         half=estimator == "anchored",
     )
     if estimator == "pilot":
@@ -216,28 +216,20 @@ def _anchored(
         phi = None if phi is None else phi[kept.to(phi.device)]
     if plan.looked:
         pool = pool.at(torch.sort(draw(pool.targets, len(pool), None, seed).anchor(0, plan.looked)[0]).values)
-
-    def look(step: int) -> tuple[Draw, Stock | None]:
-        read = net.features(pool.to(net.device))
+        phi = net.features(pool.to(net.device))
         assert pool.targets is not None
-        return using(read, pulls(net, read, pool.targets, training), step)
-
-    def using(read: Tensor | None, sizes: Tensor | None, step: int) -> tuple[Draw, Stock | None]:
-        drawn, held = draw(pool.targets, len(pool), sizes, seed), None
-        if read is not None and pool.targets is not None and net.of_head and net.body:
-            held = stock(read, Objective(training, pool.targets, net.outputs), len(pool) == len(new), step)
-        return drawn, held
-
-    drawn, held = look(0) if plan.looked and not plan.look_step else using(phi, scores, 0)
+        scores = pulls(net, phi, pool.targets, training)
+    held = None
+    if phi is not None and pool.targets is not None and net.of_head and net.body:
+        held = stock(phi, Objective(training, pool.targets, net.outputs), len(pool) == len(new))
     return anchored_path(
         net,
         pool,
         training,
         plan,
-        drawn,
+        draw(pool.targets, len(pool), scores, seed),
         population=len(new),
         stock=held,
-        late=look if plan.look_step else None,
         keep=not plan.exact,
         most_anchors=most_anchors,
         on_step=on_step,

@@ -15,9 +15,6 @@ LOOK_SHARE = 0.3
 LEAST_ROWS = 4
 HALF_OLD = 64
 """Old samples on which the check from half of the new samples is read."""
-LATE = 0.15
-LATE_ANCHORS = 64
-"""When a look is taken that at the start would see nothing, as a share of the steps, if so many anchors are left."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +25,13 @@ class Budget:
         run: what the training itself costs: steps x batch size.
         anchors: (step, samples) of each anchor.
         looked: new samples of which only the loss is read, to draw hard ones more often.
-        look_step: when.
         readings: steps after which the old samples are read.
         checks: samples an anchor that are read again to test the one before it.
         window: anchors whose samples are in use together, at least.
         cost: of all that.
         new_cost: the new samples' part of it.
         exact: whether every step has its own batch as anchor: the run itself.
+        fresh: whether the head starts without a direction, so that one anchor is in use at a time (`steps`).
     """
 
     run: int
@@ -46,7 +43,7 @@ class Budget:
     cost: float
     new_cost: float
     exact: bool
-    look_step: int = 0
+    fresh: bool = False
 
     @property
     def share(self) -> float:
@@ -63,7 +60,7 @@ def plan_anchors(
     budget: float,
     readings: int = 3,
     look: bool,
-    late: bool = False,
+    fresh: bool = False,
     half: bool = True,
     anchor_rows: int = ANCHOR_ROWS,
 ) -> Budget:
@@ -80,7 +77,7 @@ def plan_anchors(
         budget: share of the run's cost; 1 or more replays the run itself.
         readings: how often old samples are read along the path, at most; fewer where they would take half the budget.
         look: whether the losses of the new samples are worth reading.
-        late: whether they are only after the first steps; then they are not read where few anchors would be left.
+        fresh: whether no loss tells one sample from another at the start; then they are not read.
         half: whether one more reading goes to the check from half of the samples.
         anchor_rows: samples an anchor.
 
@@ -88,6 +85,7 @@ def plan_anchors(
         ValueError: a budget that does not even pay for one reading and one anchor.
     """
     run = steps * batch
+    look = look and not fresh
     if steps == 0:
         return Budget(0, (), 0, (0,), 0, 1, 0.0, 0.0, exact=True)
     if budget >= 1:
@@ -99,9 +97,6 @@ def plan_anchors(
     most = min(units / 3, units * (1 - LOOK_SHARE * look) - LEAST_ROWS)
     count = max((k for k in range(1, readings + 1) if k * reading + extra <= most), default=1)
     left = units - count * reading - extra
-    look_step = round(LATE * steps) if late else 0
-    if late and (look_step == 0 or units * (1 - LOOK_SHARE) - count * reading - extra < LATE_ANCHORS * anchor_rows):
-        look, look_step = False, 0
     looked = min(new, int(LOOK_SHARE * units / FORWARD)) if look else 0
     left -= FORWARD * looked
     if left < LEAST_ROWS * (1 - 1e-9):
@@ -113,7 +108,7 @@ def plan_anchors(
         )
     rows = min(max(anchor_rows, int(left / steps)), new, max(LEAST_ROWS, int(left / 3)))
     first_rows = max(2 * rows, min(FIRST_ROWS, int(left / 4)))
-    window = ceil(WINDOW_ROWS / rows)
+    window = 1 if fresh else ceil(WINDOW_ROWS / rows)
     checks = max(1, rows // 8)
     number = min(max(1, 1 + int((left - first_rows) / (rows + FORWARD * checks))), steps)
     first = min(first_rows if number > 1 else int(left), new)
@@ -121,8 +116,8 @@ def plan_anchors(
     anchors = tuple((step, rows if step else first) for step in places)
     new_cost = (number - 1) * (rows + FORWARD * checks) + first + FORWARD * looked
     cost = new_cost + extra + count * reading
-    at, look_step = reading_steps(steps, count), look_step if looked else 0
-    return Budget(run, anchors, looked, at, checks, window, cost, new_cost, exact=False, look_step=look_step)
+    at = reading_steps(steps, count)
+    return Budget(run, anchors, looked, at, checks, window, cost, new_cost, exact=False, fresh=fresh)
 
 
 def reading_steps(steps: int, count: int) -> tuple[int, ...]:

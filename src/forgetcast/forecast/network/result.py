@@ -182,7 +182,7 @@ class NetworkForecast(Forecast):
         if trust.expected_cosine is not None:  # what could not check itself does not by being read off the path
             trust = replace(trust, surrogate_error=max(trust.surrogate_error or 0.0, unexplained))
         settings = {**self.settings, "training": describe(changed), "what_if": True}
-        turns, held = self._timed(changed)
+        turns = self._timed(changed)
         return replace(
             self,
             drift=logits - self.logits_before,
@@ -193,7 +193,6 @@ class NetworkForecast(Forecast):
             readings=(self.readings[0], Reading(count, place, features)),
             training=changed,
             _surrogates=tuple(replace(near, step=turn) for near, turn in zip(self._surrogates, turns, strict=True)),
-            _stock=held,
             _spanning=self._spanning or self.readings,
         )
 
@@ -257,16 +256,13 @@ class NetworkForecast(Forecast):
             )
         return self.training
 
-    def _timed(self, training: SGD | AdamW | GradientDescent) -> tuple[list[int], Stock | None]:
-        """From which step on each surrogate and the stock are used: at the same product of learning rate and steps."""
+    def _timed(self, training: SGD | AdamW | GradientDescent) -> list[int]:
+        """From which step on each surrogate is used: at the same product of learning rate and steps."""
         was, now = self.training.learning_rate, training.learning_rate  # type: ignore[union-attr]
         scale = was / now if isinstance(was, float | int) and isinstance(now, float | int) else 1.0
-        held = self._stock
-        held = None if held is None else replace(held, since=round(held.since * scale))
-        return [round(near.step * scale) for near in self._surrogates], held
+        return [round(near.step * scale) for near in self._surrogates]
 
     def _followed(self, training: SGD | AdamW | GradientDescent, steps: Sequence[int]) -> Path:
-        turns, held = self._timed(training)
         rising = sorted(set(steps))
         return follow(
             self._net,
@@ -277,8 +273,8 @@ class NetworkForecast(Forecast):
             self.batching,
             self._windows,
             self._shares,
-            turns,
-            stock=held,
+            self._timed(training),
+            stock=self._stock,
         )
 
     def _new_accuracy(self, step: int, place: Place) -> float:

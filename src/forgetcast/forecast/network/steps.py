@@ -16,6 +16,10 @@ direction of the run's: m is shrunk, parameter by parameter, as a Wiener filter 
 
     m <- m  m^2 / (m^2 + s v(n'))
 
+From a fresh head gradients are small beside their noise, and a root that knows less noise than the gradient has lets it
+steer. There the second moment is that of the few samples at hand, as if they were the run's batches: noise moves
+parameters no further than a run's does.
+
 Where every batch is the run's own, there is no correction, and these are `torch.optim.SGD` and `AdamW`.
 """
 
@@ -41,12 +45,14 @@ class Batching:
         population: N, samples that the batches are drawn from.
         exact: whether every slope is that of the run's own batch.
         noisy: whether slopes carry the noise of the run's batches already.
+        few: whether the second moment is that of the samples at hand, as if these were the run's batches.
     """
 
     size: float
     population: int
     exact: bool = False
     noisy: bool = False
+    few: bool = False
 
     def noise(self, samples: float) -> float:
         """v(n): variance of the mean of n samples, in units of the spread of one."""
@@ -113,7 +119,8 @@ class ExpectedStep:
             root = self.second.sqrt().add_(training.epsilon * known2**0.5)
             value.addcdiv_(self.first, root, value=-rate * scale)
             return
-        self.second.add_(spread, alpha=(1 - beta2) * excess)
+        if not self.batching.few:
+            self.second.add_(spread, alpha=(1 - beta2) * excess)
         self.noise.mul_(beta2).add_(spread, alpha=(1 - beta2) * self.batching.noise(self.batching.size))
         root = torch.maximum(self.second, self.noise).sqrt_().add_(training.epsilon * known2**0.5)
         sure = self.first.square()

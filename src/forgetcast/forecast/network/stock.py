@@ -34,7 +34,7 @@ class Turn:
 
 @dataclass(frozen=True, eq=False)
 class Stock:
-    """Features of new samples at the start, or after a few steps.
+    """Features of new samples at the start.
 
     A head needs no gradient of the body: with features at hand all samples can take part in its training. What the body
     adds on the way is told by the samples of the anchors, class by class,
@@ -42,18 +42,16 @@ class Stock:
         phi_i(theta) ~ phi_i(theta_0) + mean over anchor samples j of the class of i of  phi_j(theta) - phi_j(theta_0)
 
     Attributes:
-        features: (m, d) at step `since`, which is theta_0 here.
+        features: (m, d) at theta_0.
         objective: their loss.
         groups: (m,) class of each sample, from 0; 0 for all without labels.
         whole: whether these are all samples of the run, in its order: then the head sees the run's own batches.
-        since: the step from which on the head is trained on them.
     """
 
     features: Float[Tensor, "m d"]
     objective: Objective
     groups: Int[Tensor, " m"]
     whole: bool
-    since: int = 0
 
     @cached_property
     def classes(self) -> int:
@@ -109,11 +107,11 @@ class Stock:
         return torch.where(shares[:, None] > 0, sums / shares.clamp_min(1e-12)[:, None], motion.sum(0))
 
 
-def stock(features: Float[Tensor, "m d"], objective: Objective, whole: bool, since: int = 0) -> Stock:
-    """Of samples whose features have been read, at the start or after so many steps."""
+def stock(features: Float[Tensor, "m d"], objective: Objective, whole: bool) -> Stock:
+    """Of samples whose features have been read."""
     targets = objective.targets.to(features.device)
     if targets.ndim == 1 and not targets.is_floating_point():
         groups = torch.unique(targets, return_inverse=True)[1]
     else:
         groups = torch.zeros(len(targets), dtype=torch.int64, device=features.device)
-    return Stock(features, objective, groups, whole and not since, since)
+    return Stock(features, objective, groups, whole)

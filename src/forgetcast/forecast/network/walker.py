@@ -110,8 +110,10 @@ class Walker:
         self.moving = trains
         self.order: Iterator[Tensor] | None = None
         self.turns: tuple[Turn, ...] = ()
-        if self.stock is not None:
-            self.keep(self.stock)
+        if self.stock is not None and self.stock.whole and not isinstance(self.training, GradientDescent):
+            self.order = batches(self.training, self.batching.population)
+        elif self.stock is not None:
+            self.turns = self.stock.turns(self.share)
         self.origin = self.place.theta.clone()
         self.motion = torch.zeros_like(self.origin)
         self.near: Window | None = None
@@ -119,14 +121,6 @@ class Walker:
         self.left: list[int] = []
         self.body: Slope | None = None
         self.profile: Tensor | None = None
-
-    def keep(self, stock: Stock) -> None:
-        """Train the head on these features, from their step on."""
-        self.stock = stock
-        if stock.whole and not isinstance(self.training, GradientDescent):
-            self.order = batches(self.training, self.batching.population)
-        else:
-            self.turns = stock.turns(self.share)
 
     def take(self, newest: Surrogate, most: int, believed: float = 1.0) -> None:
         """From here on use this surrogate too, and of all so far the last `most`; and believe so much of the motion."""
@@ -179,7 +173,7 @@ class Walker:
         lately = self.lately()
         samples = [sharp, near.effective, near.effective]
         recent = [lately * sharp / near.effective, lately, lately]
-        if self.stock is None or len(self.blind) < self.stock.since:
+        if self.stock is None:
             head = near.head(features, place.weight, place.bias, jitter)
         else:
             head, count, remembered = self._head(self.stock, near, features)
@@ -204,7 +198,7 @@ class Walker:
         if before is not None:
             self.net.restrain(before.parts, place.parts)
         self.motion += place.theta - theta
-        if self.believed < 1:
+        if self.believed < 1 and not self.batching.few:
             torch.add(self.origin, self.motion, alpha=self.believed, out=place.theta)
 
     def _head(self, held: Stock, near: Window, features: Tensor) -> tuple[tuple[Slope, Slope], float, float]:
@@ -236,6 +230,13 @@ class Walker:
         since = len(self.blind) - self.remembered()
         forgotten = sum(step <= since for step in self.left)
         return sum(self.taken[forgotten:])
+
+    def told(self) -> Place:
+        """Where the forecast says that the training stands: what is not believed is left out."""
+        found = self.place.copy()
+        if self.believed < 1:
+            torch.add(self.origin, self.motion, alpha=self.believed, out=found.theta)
+        return found
 
     def check(self) -> None:
         """Raise if the path has left the finite numbers."""
@@ -283,14 +284,15 @@ def follow(
         walker.step()
         if step + 1 in steps:
             walker.check()
-            places[step + 1] = walker.place.copy()
+            places[step + 1] = walker.told()
     return Path(places, tuple(surrogates), tuple(windows), tuple(shares), tuple(walker.blind), ())
 
 
-def batching_of(training: SGD | AdamW | GradientDescent, rows: int) -> Batching:
-    """How a training draws from so many samples."""
+def batching_of(training: SGD | AdamW | GradientDescent, rows: int, *, fresh: bool = False) -> Batching:
+    """How a training draws from so many samples; and whether it is followed from a fresh head."""
     if isinstance(training, GradientDescent):
-        return Batching(float(rows), rows)
+        return Batching(float(rows), rows, few=fresh)
     if training.order is not None:
-        return Batching(sum(len(batch) for batch in training.order) / max(len(training.order), 1), rows)
-    return Batching(float(min(training.batch_size, rows)), rows)
+        size = sum(len(batch) for batch in training.order) / max(len(training.order), 1)
+        return Batching(size, rows, few=fresh)
+    return Batching(float(min(training.batch_size, rows)), rows, few=fresh)
