@@ -288,8 +288,8 @@ def page() -> str:
         "tangents go stale, how many anchors are in use at most, what the shaken path exaggerates) were set on the",
         "first transition of seed 0 of the two LoRA settings; the share of the body's motion that is believed and when",
         "the late look is taken, on the first three. They are in the tables. *Within interval*: how often the measured",
-        "accuracy was in the interval that the forecast gives for it. Rows of fresh heads were run before these are followed",
-        "one anchor at a time: docs/network.md has what that changed.",
+        "accuracy was in the interval that the forecast gives for it. Rows of fresh heads were run before these were",
+        "followed one anchor at a time: docs/network.md has what that changed.",
         "",
     ]
     for path in sorted(RESULTS.glob("forecast_*.json")):
