@@ -21,7 +21,7 @@ from forgetcast.learn.seeding import seed_everything
 from forgetcast.methods.base import Method
 from forgetcast.methods.registry import create
 from forgetcast.metrics.matrix import all_metrics
-from forgetcast.protect.parameters import evaluating
+from forgetcast.modes import evaluating
 from forgetcast.protect.placement import Placement
 from forgetcast.streams.stream import Stream, Task
 

@@ -33,7 +33,7 @@ from forgetcast.learn.seeding import seed_everything
 from forgetcast.methods.base import Method
 from forgetcast.methods.ntk_cl import NTKCL, Network
 from forgetcast.metrics.matrix import all_metrics
-from forgetcast.protect.parameters import evaluating
+from forgetcast.modes import evaluating
 from forgetcast.streams.stream import Stream
 from forgetcast.tangent.blocks import TaskKernels
 

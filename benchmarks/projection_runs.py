@@ -22,7 +22,8 @@ from forgetcast.methods.ncm import NCM
 from forgetcast.methods.probe import Probe
 from forgetcast.methods.sequential import Sequential
 from forgetcast.metrics.matrix import all_metrics
-from forgetcast.protect.parameters import evaluating, trainable
+from forgetcast.modes import evaluating
+from forgetcast.protect.parameters import trainable
 from forgetcast.protect.projected import GradientProjection
 from forgetcast.streams.stream import Stream
 from forgetcast.tuners.adapter import Adapter

@@ -11,9 +11,9 @@ from torch.nn.functional import cross_entropy, normalize
 from forgetcast.backbones.huggingface import Pooled
 from forgetcast.heads.base import UNSEEN
 from forgetcast.methods.mos import MOS
+from forgetcast.modes import evaluating
 from forgetcast.protect.gaussians import JITTER
 from forgetcast.protect.instances import instances_apart
-from forgetcast.protect.parameters import evaluating
 from forgetcast.tuners.anatomy import anatomy
 
 KINDS = ("vit", "bert")

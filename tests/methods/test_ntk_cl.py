@@ -13,8 +13,8 @@ from forgetcast.learn.loop import learn
 from forgetcast.learn.optimizer import Optimization
 from forgetcast.methods.base import Batch, TaskData
 from forgetcast.methods.ntk_cl import NTKCL, Ways
+from forgetcast.modes import evaluating
 from forgetcast.protect.orthogonal import old_basis
-from forgetcast.protect.parameters import evaluating
 from forgetcast.streams.scenarios import class_incremental
 from forgetcast.streams.sources import Source
 from forgetcast.tangent.blocks import TaskKernels

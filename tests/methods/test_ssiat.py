@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 import torch
+from small_runs import check_rows
 from test_inflora import WIDTH, copied, pretrained, read, stream, task_of, train
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -15,7 +16,7 @@ from forgetcast.learn.cost import stored_numbers
 from forgetcast.methods.base import Batch, TaskData
 from forgetcast.methods.registry import create
 from forgetcast.methods.ssiat import JITTER, SSIAT
-from forgetcast.protect.parameters import evaluating
+from forgetcast.modes import evaluating
 from forgetcast.streams.domains import domain_incremental
 from forgetcast.tuners.adapter import Adapter
 from forgetcast.tuners.lora import LoRA
@@ -174,14 +175,7 @@ def finished(kind: str) -> SSIAT:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_row_of_an_answer_is_of_its_own_input(kind):
-    made, inputs = finished(kind), torch.cat([read(stream(kind), index)[0] for index in range(2)])
-    with torch.no_grad(), evaluating(made.model):
-        whole = made.predict(inputs)
-        alone = torch.cat([made.predict(one) for one in inputs.split(1)])
-        back = made.predict(inputs.flip(0)).flip(0)
-    assert whole.shape == (len(inputs), 4)
-    torch.testing.assert_close(alone, whole, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(back, whole, atol=1e-5, rtol=1e-5)
+    check_rows(finished(kind), stream(kind))
 
 
 def test_a_class_that_comes_again_is_measured_anew():

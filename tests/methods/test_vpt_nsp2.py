@@ -5,6 +5,7 @@ from functools import cache
 
 import pytest
 import torch
+from small_runs import check_rows
 from test_inflora import KINDS, SIZES, TEXT, WIDTH, copied, pretrained, read, stream, task_of, train
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -18,8 +19,8 @@ from forgetcast.heads.linear import Linear
 from forgetcast.methods.base import Batch, Model, TaskData
 from forgetcast.methods.registry import create
 from forgetcast.methods.vpt_nsp2 import VPTNSP2
+from forgetcast.modes import evaluating
 from forgetcast.protect.distribution import TokenDistribution
-from forgetcast.protect.parameters import evaluating
 from forgetcast.tuners.deep import PromptPart
 
 EXACT = {"threshold": 1.0, "strength": 1.0, "length": 32, "distribution": None}
@@ -268,14 +269,7 @@ def finished(kind: str) -> VPTNSP2:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_row_of_an_answer_is_of_its_own_input(kind):
-    made, inputs = finished(kind), torch.cat([read(stream(kind), index)[0] for index in range(2)])
-    with torch.no_grad(), evaluating(made.model):
-        whole = made.predict(inputs)
-        alone = torch.cat([made.predict(one) for one in inputs.split(1)])
-        back = made.predict(inputs.flip(0)).flip(0)
-    assert whole.shape == (len(inputs), 4)
-    torch.testing.assert_close(alone, whole, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(back, whole, atol=1e-5, rtol=1e-5)
+    check_rows(finished(kind), stream(kind))
 
 
 def test_what_holds_it_together_is_what_it_says():

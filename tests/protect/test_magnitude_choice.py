@@ -15,8 +15,8 @@ from forgetcast.methods.adaptive import Adaptive
 from forgetcast.methods.base import Model
 from forgetcast.methods.frozen import Frozen
 from forgetcast.methods.registry import method_class
+from forgetcast.modes import training_mode
 from forgetcast.protect.magnitude import LastModules, SimilarModulesRest, least_similar, trained_modules
-from forgetcast.protect.parameters import training_mode
 from forgetcast.streams.domains import domain_incremental
 
 OPTIMIZATION = Optimization("sgd", learning_rate=0.05, epochs=3, batch_size=32, momentum=0.9)

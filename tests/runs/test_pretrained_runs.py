@@ -10,7 +10,7 @@ from rich.console import Console
 
 from forgetcast.backbones.pretrained import Pretrained
 from forgetcast.learn.seeding import sample_generator, seed_everything
-from forgetcast.protect.parameters import evaluating
+from forgetcast.modes import evaluating
 from forgetcast.runs.assembly import assemble
 from forgetcast.runs.data import stream_of
 from forgetcast.runs.execute import execute

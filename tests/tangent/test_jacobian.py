@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from zoo import ZOO, Animal, Function, adapted, parameter
 
 from builders import relative_error
-from forgetcast.tangent.capture import evaluating
+from forgetcast.modes import evaluating
 from forgetcast.tangent.inputs import at, called, sample_count, transformed
 from forgetcast.tangent.jacobian import heads_of, jacobian, sample_gradients, trainable
 from forgetcast.tangent.passes import prepared

@@ -13,7 +13,7 @@ from forgetcast.learn.loop import learn
 from forgetcast.learn.optimizer import Optimization
 from forgetcast.methods.base import Model
 from forgetcast.methods.pegp import PEGP
-from forgetcast.protect.parameters import evaluating
+from forgetcast.modes import evaluating
 from forgetcast.protect.projection import Projection
 from forgetcast.streams.scenarios import class_incremental
 from forgetcast.streams.sources import Source

@@ -11,8 +11,8 @@ from forgetcast.checks import require_finite
 from forgetcast.forecast.gaps import TaskGaps
 from forgetcast.forecast.lazy import lazy_tasks
 from forgetcast.forecast.network.samples import Samples, samples_of
+from forgetcast.modes import evaluating
 from forgetcast.tangent.blocks import TaskKernels
-from forgetcast.tangent.capture import evaluating
 from forgetcast.tangent.features import target_matrix
 from forgetcast.tangent.inputs import at, called
 from forgetcast.tangent.jacobian import Choice, logits_of, trainable

@@ -13,7 +13,7 @@ from forgetcast.checks import require_finite
 from forgetcast.heads.base import UNSEEN
 from forgetcast.methods.base import Method, TaskData
 from forgetcast.metrics.predictions import calibration_error
-from forgetcast.protect.parameters import evaluating
+from forgetcast.modes import evaluating
 from forgetcast.streams.stream import Stream
 
 Read = Callable[[Int[np.ndarray, " _"]], Tensor]

@@ -33,7 +33,7 @@ from forgetcast.learn.samples import ReadTraining, Samples
 from forgetcast.learn.seeding import epoch_order, random_state, restore_random_state, seed_everything
 from forgetcast.learn.step import require_precision, take_step
 from forgetcast.methods.base import Method, TaskData
-from forgetcast.protect.parameters import training_mode
+from forgetcast.modes import training_mode
 from forgetcast.streams.scenarios import Stream
 
 LOG_EVERY = 50

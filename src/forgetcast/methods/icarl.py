@@ -12,9 +12,9 @@ from forgetcast.checks import require_integer
 from forgetcast.heads.base import UNSEEN
 from forgetcast.methods.base import Batch, Model, State, TaskData, protected_loss
 from forgetcast.methods.sequential import Sequential
+from forgetcast.modes import evaluating
 from forgetcast.protect.distill import Distillation
 from forgetcast.protect.memory import Exemplars, batch_of
-from forgetcast.protect.parameters import evaluating
 
 
 class ICaRL(Sequential):

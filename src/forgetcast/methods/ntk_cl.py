@@ -25,9 +25,9 @@ from forgetcast.heads.cosine import Cosine, proxies
 from forgetcast.heads.fusion import OneToken, SectionAttention
 from forgetcast.heads.sectioned import Sectioned
 from forgetcast.methods.base import Batch, Method, Model, State, TaskData, places_among
+from forgetcast.modes import evaluating
 from forgetcast.protect.contrast import pooled_infonce, supervised_infonce
 from forgetcast.protect.orthogonal import leading_basis, old_basis, overlap, signed_complement
-from forgetcast.protect.parameters import evaluating
 from forgetcast.protect.processes import of_whole_batch, own_rows
 from forgetcast.tuners.adapter import Bottleneck
 from forgetcast.tuners.anatomy import Anatomy, anatomy

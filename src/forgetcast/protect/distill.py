@@ -15,7 +15,8 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 from forgetcast.checks import require_choice, require_number
 from forgetcast.methods.base import Batch, Model, Protection, State, TaskData
-from forgetcast.protect.parameters import evaluating, trainable
+from forgetcast.modes import evaluating
+from forgetcast.protect.parameters import trainable
 
 
 class Distillation(Protection):

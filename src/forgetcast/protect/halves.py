@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from forgetcast.checks import require_number
-from forgetcast.protect.parameters import evaluating
+from forgetcast.modes import evaluating
 from forgetcast.tuners.base import Tuned
 
 Features = Callable[[nn.Module, Any], Tensor]

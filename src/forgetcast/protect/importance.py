@@ -14,8 +14,9 @@ from torch import Tensor
 
 from forgetcast.checks import complaint, require_integer, require_number
 from forgetcast.methods.base import Batch, Model, Protection, State, TaskData
+from forgetcast.modes import evaluating
 from forgetcast.protect.fisher import output_scores, require_fisher, squared_gradients, wide
-from forgetcast.protect.parameters import evaluating, leading, padded, trainable
+from forgetcast.protect.parameters import leading, padded, trainable
 
 
 class DiagonalPenalty(Protection):

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from forgetcast.checks import complaint, require_number
 from forgetcast.methods.base import Batch, Model, Protection, State, TaskData
+from forgetcast.modes import evaluating
 from forgetcast.protect.fisher import output_scores, require_fisher
 from forgetcast.protect.importance import require_samples
 from forgetcast.protect.layers import LINEAR, linear_layers, recorded, stacked, with_one
-from forgetcast.protect.parameters import evaluating, leading
+from forgetcast.protect.parameters import leading
 
 
 class KroneckerPenalty(Protection):

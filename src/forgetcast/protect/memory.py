@@ -10,7 +10,8 @@ from torch.nn.functional import normalize
 
 from forgetcast.checks import complaint, require_integer
 from forgetcast.methods.base import Batch, Model, State, TaskData
-from forgetcast.protect.parameters import chosen_rows, evaluating, padded
+from forgetcast.modes import evaluating
+from forgetcast.protect.parameters import chosen_rows, padded
 
 
 class Reservoir:

@@ -23,7 +23,7 @@ from forgetcast.checks import complaint, require_choice, require_finite
 from forgetcast.forecast.network.modules import Modules
 from forgetcast.forecast.network.placed import place_rows
 from forgetcast.methods.base import Model, TaskData
-from forgetcast.protect.parameters import evaluating
+from forgetcast.modes import evaluating
 
 Metric = Literal["cosine", "preconditioned", "signs"]
 METRICS: tuple[Metric, ...] = ("cosine", "preconditioned", "signs")

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from forgetcast.checks import complaint, require_choice, require_finite, require_number
-from forgetcast.protect.parameters import evaluating
+from forgetcast.modes import evaluating
 from forgetcast.tuners.base import Site, Space
 
 Energy = Literal["sigma2", "sigma4"]

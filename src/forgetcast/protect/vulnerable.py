@@ -13,7 +13,7 @@ from torch import Tensor
 from forgetcast.checks import complaint
 from forgetcast.heads.linear import Linear
 from forgetcast.methods.base import Model, TaskData
-from forgetcast.protect.parameters import evaluating
+from forgetcast.modes import evaluating
 from forgetcast.tangent.jacobian import jacobian, trainable
 from forgetcast.tangent.leading import leading_modes
 from forgetcast.tangent.operator import TangentOperator

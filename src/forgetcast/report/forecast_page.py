@@ -8,23 +8,9 @@ from forgetcast.checks import complaint
 from forgetcast.report import forecast_figures
 from forgetcast.report.page import check_schema, flatten, replace_file, script_json, template
 from forgetcast.report.run_figures import svg
-from forgetcast.report.run_page import Figure
+from forgetcast.report.run_page import SETTINGS, Figure
 
 _NEEDED = ("forecast", "frontier", "safe", "per_class", "per_task", "calibration", "definitions")
-_SETTINGS = (
-    "settings",
-    "seed",
-    "class_order",
-    "split_hash",
-    "weights_hash",
-    "source",
-    "scenario",
-    "recipe_hash",
-    "recipe",
-    "versions",
-    "created",
-    "seconds",
-)
 _DEFINED = ("old_accuracy", "drop", "interval", "new_accuracy", "expected_cosine", "share_of_run", "relative_drift")
 _DIAGNOSED = ("share", "alone", "missing", "kernel_change")
 _MEASURED = ("accuracy_error", "cosine", "relative_error", "rank_correlation", "broken_precision", "broken_recall")
@@ -98,7 +84,7 @@ def render(
         method=record["recipe"]["method"]["name"],
         figures=list(figures),
         defined=list(defined),
-        settings=[line for key in _SETTINGS if key in record for line in flatten(key, record[key])],
+        settings=[line for key in ("settings", *SETTINGS) if key in record for line in flatten(key, record[key])],
         **shown,
     )
 

@@ -26,7 +26,7 @@ _NEEDED = (
     "classes",
     "task_classes",
 )
-_SETTINGS = (
+SETTINGS = (
     "seed",
     "class_order",
     "split_hash",
@@ -109,7 +109,7 @@ def render_run_page(record: Mapping[str, Any]) -> str:
         method=record["recipe"]["method"]["name"],
         figures=list(_figures(record)),
         stages=_stages(record),
-        settings=[line for name in _SETTINGS if name in record for line in flatten(name, record[name])],
+        settings=[line for name in SETTINGS if name in record for line in flatten(name, record[name])],
     )
 
 

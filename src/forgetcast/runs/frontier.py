@@ -10,7 +10,7 @@ from forgetcast.forecast.linear import forecast_linear
 from forgetcast.forecast.network.choice import exceeds
 from forgetcast.forecast.network.result import NetworkForecast
 from forgetcast.forecast.result import share_right
-from forgetcast.protect.parameters import evaluating
+from forgetcast.modes import evaluating
 from forgetcast.runs.upcoming import Upcoming, answers
 from forgetcast.tangent.features import Features
 from forgetcast.tangent.linear_head import LinearHead

@@ -18,7 +18,7 @@ from forgetcast.backbones.weights import weights_hash
 from forgetcast.checks import complaint
 from forgetcast.learn.samples import ReadTraining
 from forgetcast.methods.registry import needs_blocks
-from forgetcast.protect.parameters import evaluating
+from forgetcast.modes import evaluating
 from forgetcast.runs.inputs import inputs_of
 from forgetcast.runs.recipe import Recipe
 from forgetcast.runs.sections import ModelChoice

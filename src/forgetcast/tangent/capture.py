@@ -70,18 +70,6 @@ def recording(layers: Iterable[nn.Module]) -> Iterator[dict[nn.Module, list[Use]
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout, running statistics) inside; each module's own mode is restored after."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextmanager
 def requiring(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Only `parameters` require gradients inside, so that no graph is kept for the others; restored after."""
     chosen = {id(parameter) for parameter in parameters}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from forgetcast.checks import complaint
-from forgetcast.tangent.capture import evaluating
+from forgetcast.modes import evaluating
 from forgetcast.tangent.inputs import arguments, at, sample_count, transformed
 from forgetcast.tangent.linearise import Point
 

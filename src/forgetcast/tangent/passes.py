@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from forgetcast.checks import complaint, require_finite, require_integer
-from forgetcast.tangent.capture import Use, evaluating, paths_to, recording, requiring
+from forgetcast.modes import evaluating
+from forgetcast.tangent.capture import Use, paths_to, recording, requiring
 from forgetcast.tangent.fallback import Heads, gradients, looped, vectorised
 from forgetcast.tangent.inputs import at, called, sample_count
 from forgetcast.tangent.planner import chunk_size

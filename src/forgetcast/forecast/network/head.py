@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from forgetcast.checks import complaint
 from forgetcast.forecast.network.samples import Samples
-from forgetcast.tangent.capture import evaluating
+from forgetcast.modes import evaluating
 from forgetcast.tangent.inputs import at, called, sample_count, tensors
 from forgetcast.tangent.jacobian import logits_of
 

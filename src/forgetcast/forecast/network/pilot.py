@@ -12,7 +12,8 @@ from forgetcast.forecast.network.surrogate import Objective
 from forgetcast.forecast.network.walker import Path, Place
 from forgetcast.forecast.simulate import batches
 from forgetcast.forecast.training import SGD, AdamW, GradientDescent, clip_gradients, rate_at, sgd
-from forgetcast.tangent.capture import evaluating, requiring
+from forgetcast.modes import evaluating
+from forgetcast.tangent.capture import requiring
 from forgetcast.tangent.inputs import called
 
 
