@@ -236,7 +236,7 @@ def verdict(head: str, ratio: list[float], errors: dict[str, float], ahead: list
     missed = [
         *(f"{name} at {r:.2f} of the ceiling" for name, r in zip(("cosine", "rank"), ratio, strict=True) if r < share),
         *(f"{name} below the pilot's by {-a:.3f}" for name, a in zip(("cosine", "rank"), ahead, strict=True) if a < 0),
-        *([f"accuracy wrong by {errors['forecast']:.1f} points"] if errors["forecast"] > points else []),
+        *([f"accuracy wrong by {errors['forecast']:.2f} points"] if errors["forecast"] > points else []),
         *(
             f"accuracy of '{who}' nearer by {errors['forecast'] - errors[who]:.1f} points"
             for who in ("pilot", "no change")
@@ -286,10 +286,9 @@ def page() -> str:
         "over its samples to fit the rows (16% of a run of 3 epochs); the forecast uses these features, the pilot",
         "does not. With it a placed forecast costs 31% of the passes. *Seconds* include it. Three constants (how fast",
         "tangents go stale, how many anchors are in use at most, what the shaken path exaggerates) were set on the",
-        "first transition of seed 0 of the two LoRA settings; the share of the body's motion that is believed and when",
-        "the late look is taken, on the first three. They are in the tables. *Within interval*: how often the measured",
-        "accuracy was in the interval that the forecast gives for it. Rows of fresh heads were run before these were",
-        "followed one anchor at a time: docs/network.md has what that changed.",
+        "first transition of seed 0 of the two LoRA settings; the share of the body's motion that is believed on the",
+        "first three with a placed head and on all of seed 0 with a fresh one. They are in the tables. *Within interval*:",
+        "how often the measured accuracy was in the interval that the forecast gives for it.",
         "",
     ]
     for path in sorted(RESULTS.glob("forecast_*.json")):
