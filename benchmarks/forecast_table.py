@@ -284,11 +284,12 @@ def page() -> str:
         "rise in loss, class by class. Accuracy error: mean |predicted - measured|, points. *Seconds*: processor time,",
         "relative to the run. *Passes* leave out what the training needs as well: with a placed head one forward pass",
         "over its samples to fit the rows (16% of a run of 3 epochs); the forecast uses these features, the pilot",
-        "does not. With it a placed forecast costs 31% of the passes. *Seconds* include it. Three constants (how fast",
-        "tangents go stale, how many anchors are in use at most, what the shaken path exaggerates) were set on the",
-        "first transition of seed 0 of the two LoRA settings; the share of the body's motion that is believed on the",
-        "first three with a placed head and on all of seed 0 with a fresh one. They are in the tables. *Within interval*:",
-        "how often the measured accuracy was in the interval that the forecast gives for it.",
+        "does not. With it a placed forecast costs 31% of the passes. *Seconds* include it. Three constants (how",
+        "fast tangents go stale, how many samples of anchors are in use at most, what the shaken path exaggerates)",
+        "were set on the first transition of seed 0 of the two LoRA settings; the share of the body's motion that is",
+        "believed on the first three with a placed head and on all of seed 0 with a fresh one. They are in the tables.",
+        "*Within interval*: how often the measured accuracy was in the interval that the forecast gives for it. Why",
+        "ranks fall short: docs/network.md, measured limits.",
         "",
     ]
     for path in sorted(RESULTS.glob("forecast_*.json")):

@@ -152,3 +152,17 @@ def test_a_fresh_head_is_followed_one_anchor_at_a_time():
     placed = fc.forecast(model, old, (inputs, labels), training, budget=0.3, head="placed")
     assert not placed.batching.few
     assert max(placed._windows) > 1
+
+
+def test_the_larger_the_anchors_the_fewer_are_in_use_together():
+    """No more than 64 samples: with more of them the oldest lag behind the path."""
+    model, old, (inputs, labels) = fresh()
+    new = inputs, torch.where(torch.rand(400) < 0.9, labels[torch.randperm(400)], labels)
+    training = fc.AdamW(learning_rate=2e-3, steps=60, batch_size=32, classes=NEW)
+    most = []
+    for budget in (0.3, 0.6, 0.9):
+        found = fc.forecast(model, old, new, training, budget=budget, head="placed")
+        rows = max(len(near) for near in found._surrogates[1:])
+        assert max(found._windows) * rows <= 64
+        most.append(max(found._windows))
+    assert most[0] > most[1] > most[2] >= 1

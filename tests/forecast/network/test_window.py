@@ -8,19 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_memory_of_a_run import near_some_point
 
-from forgetcast.forecast.network.window import MOST_ANCHORS, STALENESS, anchors_in_use, profile, shaken_weights, window
+from forgetcast.forecast.network.window import STALENESS, anchors_in_use, profile, shaken_weights, window
 
 
-@given(st.floats(0, 1e6), st.floats(0, 2), st.floats(1, 64), st.integers(1, 4))
-def test_the_number_of_anchors_is_the_best_one(noise, staleness, samples, least):
+@given(st.floats(0, 1e6), st.floats(0, 2), st.floats(1, 64), st.integers(1, 4), st.integers(1, 9))
+def test_the_number_of_anchors_is_the_best_one(noise, staleness, samples, least, most):
     """Noise falls and staleness rises with k: no whole number beside the chosen one is better by more than rounding."""
-    chosen = anchors_in_use(noise, staleness, samples, least)
+    chosen = anchors_in_use(noise, staleness, samples, least, most)
 
     def error(k: float) -> float:
         return noise / (samples * k) + (STALENESS * max(staleness, 1e-6) * k) ** 2
 
-    assert least <= chosen <= max(least, MOST_ANCHORS)
-    for other in range(least, MOST_ANCHORS + 1):
+    assert least <= chosen <= max(least, most)
+    for other in range(least, most + 1):
         if abs(other - chosen) > 2:  # the number is rounded down
             assert error(chosen) <= error(other) + 1e-9
 

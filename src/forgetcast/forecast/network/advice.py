@@ -25,9 +25,9 @@ from forgetcast.forecast.result import Cost
 from forgetcast.forecast.training import Training
 from forgetcast.tangent.jacobian import Choice
 
-ANCHORS_IN_USE = 32
-"""At most: more than of a forecast, whose what-ifs they would slow; with 32 instead of 8 the accuracies of a ViT after
-the whole way came 2 to 6 points nearer, which few samples had made too low."""
+ROWS_IN_USE = 256
+"""At most: more than of a forecast, whose what-ifs they would slow; with 256 instead of 64 the accuracies of a ViT
+after the whole way came 2 to 6 points nearer, which few samples had made too low."""
 MOST_SHARED = 0.9
 """Of a training, what anchors that serve several sets may cost: from 1 on a forecast is the run and has none."""
 
@@ -226,7 +226,7 @@ def advise(
                     on_step=lambda step, done=done * steps: on_step(done + step),  # type: ignore[misc]
                     started=perf_counter(),
                     readings=1,
-                    most_anchors=ANCHORS_IN_USE,
+                    most_rows=ROWS_IN_USE,
                 )
             source = found if place == shared.largest else source
             made[place], of_old, of_new = bench.entrants(each.net, candidate, found)

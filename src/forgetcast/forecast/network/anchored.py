@@ -20,7 +20,7 @@ from forgetcast.forecast.network.samples import Samples
 from forgetcast.forecast.network.stock import Stock
 from forgetcast.forecast.network.surrogate import Objective, Sight, Surrogate, directed, surrogate
 from forgetcast.forecast.network.walker import Path, Place, Walker, batching_of, follow
-from forgetcast.forecast.network.window import MOST_ANCHORS, anchors_in_use
+from forgetcast.forecast.network.window import MOST_ROWS, anchors_in_use
 from forgetcast.forecast.simulate import batches
 from forgetcast.forecast.training import SGD, AdamW, GradientDescent, Training
 from forgetcast.tangent.passes import Work, prepared
@@ -66,7 +66,7 @@ def anchored_path(
     population: int | None = None,
     stock: Stock | None = None,
     keep: bool = True,
-    most_anchors: int = MOST_ANCHORS,
+    most_rows: int = MOST_ROWS,
     on_step: Callable[[int], None] = lambda _: None,
 ) -> Path:
     """Follow the training along its anchors.
@@ -80,7 +80,7 @@ def anchored_path(
         population: new samples of the training, where `new` are some of them.
         stock: their features at the start, if they have been read: for the head's own training.
         keep: whether the surrogates are kept, for what-ifs.
-        most_anchors: in use together.
+        most_rows: samples of anchors in use together.
         on_step: called with the number of each step that is done.
 
     Raises:
@@ -89,7 +89,7 @@ def anchored_path(
     Cost: one pass forward and backward for every anchor sample; 4 n P a step besides.
     """
     batching = batching_of(training, population or len(new), fresh=plan.fresh)
-    most = 1 if plan.fresh else most_anchors
+    most = 1 if plan.fresh else max(1, most_rows // plan.rows)
     start = Place(net.theta(), net.weight(), net.bias())
     stock = None if plan.exact else stock
 

@@ -24,7 +24,7 @@ from forgetcast.forecast.network.start import Head, Start, degenerate, pulls, re
 from forgetcast.forecast.network.stock import stock
 from forgetcast.forecast.network.surrogate import Objective
 from forgetcast.forecast.network.walker import Path, batching_of
-from forgetcast.forecast.network.window import MOST_ANCHORS
+from forgetcast.forecast.network.window import MOST_ROWS
 from forgetcast.forecast.training import SGD, AdamW, GradientDescent, Training
 from forgetcast.tangent.jacobian import Choice
 
@@ -126,11 +126,12 @@ def forecast_from(
     on_step: Callable[[int], None],
     started: float,
     readings: int = 3,
-    most_anchors: int = MOST_ANCHORS,
+    most_rows: int = MOST_ROWS,
 ) -> NetworkForecast:
     """As `forecast`, of what has been checked and of a model that stands at a start that has been read.
 
-    `readings` is how often the old samples are read on the way at most, `most_anchors` how many are in use together.
+    `readings` is how often the old samples are read on the way at most, `most_rows` how many samples of anchors are in
+    use together.
     """
     net, old_samples, new_samples, training = asked.net, asked.old, asked.new, asked.training
     estimator = chosen_estimator(estimator, net, training)
@@ -155,7 +156,7 @@ def forecast_from(
         path, plan = _pilot(net, new_samples, training, plan, budget, len(old_samples), on_step)
     else:
         path = _anchored(
-            net, new_samples, training, plan, start.new, start.scores, samples_new, seed, on_step, most_anchors
+            net, new_samples, training, plan, start.new, start.scores, samples_new, seed, on_step, most_rows
         )
     settings = {"estimator": estimator, "budget": budget, "seed": seed}
     return along(asked, start, path, plan, settings, estimator=estimator, started=started)
@@ -207,7 +208,7 @@ def _anchored(
     samples_new: int | None,
     seed: int,
     on_step: Callable[[int], None],
-    most_anchors: int,
+    most_rows: int,
 ) -> Path:
     pool = new
     if samples_new is not None and samples_new < len(new) and not plan.exact:
@@ -231,7 +232,7 @@ def _anchored(
         population=len(new),
         stock=held,
         keep=not plan.exact,
-        most_anchors=most_anchors,
+        most_rows=most_rows,
         on_step=on_step,
     )
 

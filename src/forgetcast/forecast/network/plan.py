@@ -46,6 +46,11 @@ class Budget:
     fresh: bool = False
 
     @property
+    def rows(self) -> int:
+        """Samples of the last anchor; the first has more. 1 without anchors."""
+        return self.anchors[-1][1] if self.anchors else 1
+
+    @property
     def share(self) -> float:
         """Cost relative to the training."""
         return self.cost / self.run if self.run else 0.0
