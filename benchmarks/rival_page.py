@@ -7,6 +7,7 @@ from typing import Any
 from benchmarks.ntk_cl_page import AVERAGE, LAST, Table, points, rule, sure, told, tried
 from benchmarks.rival_reading import by_label, differences, foreseen, mean, noise, orderings, ranked, reading
 from benchmarks.rival_rows import SEQUENTIAL
+from benchmarks.rival_runs import TITLES
 from forgetcast.metrics.matrix import DEFINITIONS
 from forgetcast.runs.compare import DIRECTIONS
 
@@ -63,7 +64,7 @@ def page(result: Table) -> str:
     if any(found["forecasts"] for found in result["sets"].values()):
         parts += ["## Forecasts", *foreseen(result)]
     left = "; ".join(f"`{name}`: {why}" for name, why in result["left_out"].items())
-    parts += ["## Left out and spent", f"Methods without a row: {left}.", spent(result)]
+    parts += ["## Left out and spent", f"Methods without a row: {left}.", unmeasured(result), spent(result)]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -159,6 +160,17 @@ def edges(found: Table) -> str:
     rates = found["rates"]
     low, high = ([label for label, some in reached.items() if rates[label] == end(some)] for end in (min, max))
     return f"At the lowest rate tried: {', '.join(low) or 'none'}. At the highest: {', '.join(high) or 'none'}."
+
+
+def unmeasured(result: Table) -> str:
+    """Data sets and forecasts of the protocol that have not been run."""
+    sets = result["sets"]
+    without = [title for name, title in TITLES.items() if name in sets and not sets[name]["forecasts"]]
+    parts = [
+        *(f"the data set {title}" for name, title in TITLES.items() if name not in sets),
+        *(f"forecasts of {title}" for title in without),
+    ]
+    return f"Not run so far: {'; '.join(parts)}." if parts else ""
 
 
 def spent(result: Table) -> str:
