@@ -47,7 +47,8 @@ those that do not train on all data together."""
 
 
 def page(result: Table) -> str:
-    """The whole page."""
+    """The whole page, of the data sets that have runs."""
+    result = result | {"sets": {name: found for name, found in result["sets"].items() if found["runs"]}}
     training = result["optimizations"]["adamw"]
     rates = {name: " / ".join(f"{rate:g}" for rate in some) for name, some in result["rates"].items()}
     head = HEAD.format(
