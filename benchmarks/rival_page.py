@@ -181,4 +181,5 @@ def spent(result: Table) -> str:
     runs = [one for part in ("tuning", "runs") for found in sets for one in found[part].values()]
     seconds = sum(one["cpu_seconds"] for one in (*runs, *(one for some in seeds for one in some.values())))
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    return f"{len(runs)} runs and their forecasts took {seconds / 3600:.1f} hours of one core; {versions}."
+    what = "runs and their forecasts" if seeds else "runs"
+    return f"{len(runs)} {what} took {seconds / 3600:.1f} hours of one core; {versions}."

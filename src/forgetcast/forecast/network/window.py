@@ -13,7 +13,7 @@ STALENESS = 2.0
 """How much faster gradients go stale than the features' motion; set on two transitions (docs/forecast_results.md)."""
 MOST_ROWS = 64
 """Samples of anchors in use together, at most: 8 anchors of 8. Where a budget pays for anchors of 22, 8 of them lag
-behind the path: at 40 % on five transitions of a ViT with placed heads cosine and rank were 0.76 and 0.65; with two
+behind the path: at 40 % on five transitions of a ViT with placed heads cosine and rank were 0.75 and 0.65; with two
 anchors in use they are 0.80 and 0.71."""
 
 
