@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from small_networks import NEW, network_and_task
 
 import forgetcast as fc
-from forgetcast.forecast.network.plan import FORWARD, HALF_OLD, plan_anchors, reading_steps
+from forgetcast.forecast.network.plan import CHECK_OLD, FORWARD, plan_anchors, reading_steps
 
 SIZES = {
     "steps": st.integers(1, 500),
@@ -111,11 +111,11 @@ def test_what_is_counted_is_what_is_done(head, budget, old, steps):
 
 @pytest.mark.parametrize("budget", [0.3, 0.7, 1.0])
 def test_what_a_pilot_counts_is_what_it_does(budget):
-    model, old, new = network_and_task("perceptron", old=HALF_OLD, new=90)
+    model, old, new = network_and_task("perceptron", old=CHECK_OLD, new=90)
     training = fc.SGD(0.01, 60, batch_size=10)
     with counted(model) as found:
         forecast = fc.forecast(model, old, new, training, budget=budget, estimator="pilot")
-    done = found[1] + FORWARD * (found[0] - HALF_OLD)
+    done = found[1] + FORWARD * (found[0] - CHECK_OLD)
     assert done == pytest.approx(forecast.share_of_run * 600, abs=SURVEY)
     assert forecast.share_of_run <= budget or forecast.trust.exact
 

@@ -101,24 +101,25 @@ def test_the_order_of_the_run_is_known():
     assert relative_error(drift(0, 0.4), drift(1, 1.0)) > 1e-3
 
 
-def test_part_of_the_samples_is_shaken_with_them(monkeypatch):
-    """Where only some losses could be read, leaving out half of these is part of the check."""
+def test_the_halves_of_a_forecast_share_no_samples_of_the_head(monkeypatch):
+    """Where only some losses could be read: of these each half has its own."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 30), nn.Tanh(), nn.Linear(30, 5)).double()
     old, new = task(0, 600)
     training = fc.AdamW(learning_rate=2e-3, steps=60, batch_size=16, classes=(*OLD, *NEW))
-    sizes, slopes = [], Stock.slopes
+    taken, slopes = [], Stock.slopes
 
     def counted(self: Stock, *given: object) -> object:
-        sizes.append(len(given[4]))
+        taken.append(set(given[4].taken.tolist()))
         return slopes(self, *given)
 
     monkeypatch.setattr(Stock, "slopes", counted)
     fc.forecast(model, old, new, training, budget=0.15)
-    assert len(sizes) == 4 * 60  # the path and its halves, then the shaken one
-    assert len(set(sizes[:180])) == 1
-    assert sizes[0] < 600
-    assert set(sizes[180:]) == {-(-sizes[0] // 2)}
+    assert len(taken) == 5 * 60  # the path and those that tell which share of it is believed, then the two halves
+    whole, first, second = (set().union(*taken[start:end]) for start, end in ((0, 180), (180, 240), (240, 300)))
+    assert len(whole) < 600
+    assert first | second == whole
+    assert not first & second
 
 
 def fresh() -> tuple[nn.Sequential, Tensor, tuple[Tensor, Tensor]]:

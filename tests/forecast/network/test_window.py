@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_memory_of_a_run import near_some_point
 
-from forgetcast.forecast.network.window import STALENESS, anchors_in_use, profile, shaken_weights, window
+from forgetcast.forecast.network.window import STALENESS, anchors_in_use, profile, window
 
 
 @given(st.floats(0, 1e6), st.floats(0, 2), st.floats(1, 64), st.integers(1, 4), st.integers(1, 9))
@@ -35,25 +35,6 @@ def test_a_window_keeps_the_last_anchors_and_their_shifts():
     assert now.shift is not None
     assert now.shift[:, 0].tolist() == [2.0] * 6 + [3.0] * 6
     assert float(now.weights.sum()) == pytest.approx(1)
-
-
-def test_shaken_weights_have_the_noise_of_a_batch():
-    """Of the mean gradient, over many shakes: the mean stays, the covariance is the asked share of one sample's."""
-    near, theta, weight, bias = near_some_point(3)
-    held = window(near, None)
-    found = profile(near.weights, held.pulls(held.moved(theta), weight, bias)[2], near.gradients.square())
-    still = held.body(held.moved(theta), weight, bias, found)[0].mean
-    generator = torch.Generator().manual_seed(0)
-    variance = 0.25
-
-    def mean() -> torch.Tensor:
-        factors = shaken_weights(len(held.weights), held.effective, variance, generator, weight)
-        return held.body(held.moved(theta), weight, bias, found, factors)[0].mean
-
-    means = torch.stack([mean() for _ in range(4000)])
-    assert float((means.mean(0) - still).norm() / still.norm()) < 0.1
-    second = held.body(held.moved(theta), weight, bias, found)[0].second
-    assert float((means.var(0) / (variance * second) - 1).abs().max()) < 0.2
 
 
 @given(st.integers(0, 10_000))

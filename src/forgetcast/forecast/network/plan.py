@@ -13,8 +13,8 @@ WINDOW_ROWS = 16
 """Samples that the gradient is averaged over: those of the last few anchors."""
 LOOK_SHARE = 0.3
 LEAST_ROWS = 4
-HALF_OLD = 64
-"""Old samples on which the check from half of the new samples is read."""
+CHECK_OLD = 64
+"""Old samples that are read for the two halves of a forecast together, at most: the same ones for each."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def plan_anchors(
         readings: how often old samples are read along the path, at most; fewer where they would take half the budget.
         look: whether the losses of the new samples are worth reading.
         fresh: whether no loss tells one sample from another at the start; then they are not read.
-        half: whether one more reading goes to the check from half of the samples.
+        half: whether some old samples are read twice more, for the two halves of the forecast.
         anchor_rows: samples an anchor.
 
     Raises:
@@ -98,7 +98,7 @@ def plan_anchors(
         return Budget(run, anchors, 0, at, 0, 1, run + FORWARD * old * len(at), float(run), exact=True)
     units = budget * run
     reading = FORWARD * old
-    extra = FORWARD * min(old, HALF_OLD) if half else 0.0
+    extra = check_cost(old) if half else 0.0
     most = min(units / 3, units * (1 - LOOK_SHARE * look) - LEAST_ROWS)
     count = max((k for k in range(1, readings + 1) if k * reading + extra <= most), default=1)
     left = units - count * reading - extra
@@ -123,6 +123,16 @@ def plan_anchors(
     cost = new_cost + extra + count * reading
     at = reading_steps(steps, count)
     return Budget(run, anchors, looked, at, checks, window, cost, new_cost, exact=False, fresh=fresh)
+
+
+def checked(old: int) -> int:
+    """Old samples, of so many, on which each half of a forecast is read."""
+    return ceil(min(old, CHECK_OLD) / 2)
+
+
+def check_cost(old: int) -> float:
+    """What reading both halves costs."""
+    return 2 * FORWARD * checked(old)
 
 
 def reading_steps(steps: int, count: int) -> tuple[int, ...]:

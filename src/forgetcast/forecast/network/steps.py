@@ -44,14 +44,12 @@ class Batching:
         size: b, samples in a batch; the mean, where they differ.
         population: N, samples that the batches are drawn from.
         exact: whether every slope is that of the run's own batch.
-        noisy: whether slopes carry the noise of the run's batches already.
         few: whether the second moment is that of the samples at hand, as if these were the run's batches.
     """
 
     size: float
     population: int
     exact: bool = False
-    noisy: bool = False
     few: bool = False
 
     def noise(self, samples: float) -> float:
@@ -149,7 +147,7 @@ class ExpectedStep:
         spread = torch.addcmul(second, mean, mean, value=-1).clamp_min_(0)
         noise = self.batching.noise
         spread *= 1 / max(1 - noise(samples), 1 / 3)  # n samples spread less about their own mean than about g
-        return gradient, spread, (0.0 if self.batching.noisy else noise(self.batching.size)) - noise(samples)
+        return gradient, spread, noise(self.batching.size) - noise(samples)
 
     def _descend(self, value: Tensor, gradient: Tensor, rate: float) -> None:
         training = self.training

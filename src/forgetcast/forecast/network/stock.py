@@ -65,7 +65,6 @@ class Stock:
         weight: Float[Tensor, "C d"],
         bias: Float[Tensor, " C"],
         turn: Turn,
-        factors: Float[Tensor, " b"] | None = None,
     ) -> tuple[Slope, Slope]:
         """Of W and b over some of the samples.
 
@@ -75,13 +74,12 @@ class Stock:
             weight: of the head.
             bias: of the head.
             turn: the samples that take part.
-            factors: of the samples' weights, about 1.
 
         Cost: 3 b d C.
         """
         features = self.features[turn.taken] + self.shifts(near, moved)[self.groups[turn.taken]]
         error = turn.error(features @ weight.T + bias)
-        weighted = (error if factors is None else error * factors[:, None]) / len(error)
+        weighted = error / len(error)
         second = weighted * error
         return (
             Slope(weighted.T @ features, second.T @ features.square()),
@@ -92,9 +90,10 @@ class Stock:
         """Some of the samples, made ready."""
         return Turn(taken, self.objective.at(taken).errors(self.features))
 
-    def turns(self, share: int = 1) -> tuple[Turn, ...]:
-        """Which samples take part at each step, over and over: every so many of all, at most about TURN at once."""
-        kept = torch.arange(0, len(self.features), share, device=self.features.device)
+    def turns(self, half: int | None = None) -> tuple[Turn, ...]:
+        """Which samples take part at each step, over and over: of all or of every other, at most about TURN at once."""
+        first, stride = (0, 1) if half is None else (half, 2)
+        kept = torch.arange(first, len(self.features), stride, device=self.features.device)
         number = ceil(len(kept) / TURN)
         return tuple(self.turn(kept[k::number]) for k in range(number))
 

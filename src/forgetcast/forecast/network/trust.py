@@ -4,22 +4,17 @@ from dataclasses import dataclass
 from math import sqrt
 
 TRUSTED_COSINE = 0.8
-EXAGGERATION = 1.4
-"""By how much the shaken path, off its anchors, is taken to exaggerate. In the rows of docs/forecast_results.md it does
-so 1.8 to 2.4 times with a fresh head and 2.7 to 3.8 times with a placed one: there the forecast is too careful."""
 
 
 @dataclass(frozen=True)
 class Trust:
     r"""A forecast's own check.
 
-        expected cosine = 1 / sqrt(1 + (sampling_error / 1.4)^2 + surrogate_error^2)
+        expected cosine = 1 / sqrt(1 + sampling_error^2 + surrogate_error^2)
 
     Attributes:
-        sampling_error: `||shaken - whole|| / ||whole||` of the old drift predicted with all samples, and with half of
-            them under the noise of a run's minibatches. It tells the error of reading few samples, and that
-            real runs differ in their sample order. The shaken path leaves the anchors, and so exaggerates
-            (`EXAGGERATION`). None if not measured.
+        sampling_error: `||A - B|| / (2 ||whole||)` of the old drifts that two halves of the forecast predict, which
+            have read different samples (`sampling`). None if not measured.
         surrogate_error: `||predicted - actual|| / ||actual||` of the features' motion from one anchor to the next,
             along the surrogate's directions, on samples read again. None for one anchor, or an exact path.
         blind: mean share of the loss's gradient at the features that the surrogate could not see.
@@ -40,12 +35,8 @@ class Trust:
         """Cosine to the measured drift that the forecast expects of itself; None if nothing was measured."""
         if self.exact:
             return 1.0
-        known = [error for error in (self._sampling, self.surrogate_error) if error is not None]
+        known = [error for error in (self.sampling_error, self.surrogate_error) if error is not None]
         return 1 / sqrt(1 + sum(error**2 for error in known)) if known else None
-
-    @property
-    def _sampling(self) -> float | None:
-        return None if self.sampling_error is None else self.sampling_error / EXAGGERATION
 
     @property
     def trusted(self) -> bool:
@@ -59,7 +50,7 @@ class Trust:
             return "exact"
         if self.expected_cosine is None:
             return "not to be trusted: nothing to check it by (only 'anchored' checks itself, on several samples)"
-        parts = {"few samples read": self._sampling, "anchors too far apart": self.surrogate_error}
+        parts = {"few samples read": self.sampling_error, "anchors too far apart": self.surrogate_error}
         worst = max((name for name, value in parts.items() if value is not None), key=lambda name: parts[name] or 0)
         verdict = "to be trusted" if self.trusted else f"not to be trusted ({worst}: raise the budget"
         remedy = "" if self.trusted else (", or place the head first)" if self.degenerate else ")")

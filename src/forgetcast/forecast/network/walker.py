@@ -14,7 +14,7 @@ from forgetcast.forecast.network.memory import fitted, visits
 from forgetcast.forecast.network.steps import Batching, ExpectedStep
 from forgetcast.forecast.network.stock import Stock, Turn
 from forgetcast.forecast.network.surrogate import TINY, Slope, Surrogate
-from forgetcast.forecast.network.window import Window, profile, shaken_weights, window
+from forgetcast.forecast.network.window import Window, profile, window
 from forgetcast.forecast.simulate import batches
 from forgetcast.forecast.training import SGD, AdamW, GradientDescent, clip_factor
 
@@ -56,6 +56,7 @@ class Path:
         misses: for each anchor but the first, squared error and squared size of the change that the one before it
             predicted along the directions of a few samples.
         stock: features at the start that the head was trained on.
+        whole: the end, with all of the body's motion, whatever share of it is believed; of `follow`.
     """
 
     places: dict[int, Place]
@@ -65,6 +66,7 @@ class Path:
     blind: tuple[float, ...]
     misses: tuple[tuple[float, float], ...]
     stock: Stock | None = None
+    whole: Place | None = None
 
     @property
     def surrogate_error(self) -> float | None:
@@ -82,9 +84,8 @@ class Walker:
         training: what is followed.
         place: the parameters now.
         batching: of the run.
-        generator: gives the steps the noise of a run's batches; none by default.
         stock: features for the head's own training; without it the head sees the anchors' samples alone.
-        share: of the stock that takes part, every so many; the run's own batches take all.
+        half: of the stock that takes part, 0 or 1; None for all of it. The run's own batches take all.
         remembers: whether what the run has fitted of its samples is taken into account (`memory`), where the batches
             are not its own.
         believed: share of the body's motion that is taken for the run's (`halves`).
@@ -95,17 +96,15 @@ class Walker:
     training: SGD | AdamW | GradientDescent
     place: Place
     batching: Batching
-    generator: torch.Generator | None = None
     stock: Stock | None = None
-    share: int = 1
+    half: int | None = None
     remembers: bool = True
     believed: float = 1.0
     blind: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         parts = self.place.parts
-        batching = replace(self.batching, noisy=self.generator is not None)
-        self.states = [ExpectedStep(self.training, part.clone(), batching) for part in parts]
+        self.states = [ExpectedStep(self.training, part.clone(), self.batching) for part in parts]
         trains = (len(self.place.theta) > 0, "weight" in self.net.of_head, "bias" in self.net.of_head)
         self.moving = trains
         self.order: Iterator[Tensor] | None = None
@@ -113,7 +112,7 @@ class Walker:
         if self.stock is not None and self.stock.whole and not isinstance(self.training, GradientDescent):
             self.order = batches(self.training, self.batching.population)
         elif self.stock is not None:
-            self.turns = self.stock.turns(self.share)
+            self.turns = self.stock.turns(self.half)
         self.origin = self.place.theta.clone()
         self.motion = torch.zeros_like(self.origin)
         self.near: Window | None = None
@@ -168,13 +167,12 @@ class Walker:
         place, near = self.place, self.near
         assert near is not None
         features = near.moved(place.theta)
-        jitter = self._shaken(len(near.weights), near.effective)
-        body, blind, sharp = near.body(features, place.weight, place.bias, self.profile, jitter)
+        body, blind, sharp = near.body(features, place.weight, place.bias, self.profile)
         lately = self.lately()
         samples = [sharp, near.effective, near.effective]
         recent = [lately * sharp / near.effective, lately, lately]
         if self.stock is None:
-            head = near.head(features, place.weight, place.bias, jitter)
+            head = near.head(features, place.weight, place.bias)
         else:
             head, count, remembered = self._head(self.stock, near, features)
             samples[1:], recent[1:] = [count] * 2, [remembered] * 2
@@ -210,15 +208,8 @@ class Walker:
                 state.batching = replace(self.batching, size=float(len(turn)), exact=True)
             return held.slopes(near, features, place.weight, place.bias, turn), len(turn), len(turn)
         turn = self.turns[len(self.blind) % len(self.turns)]
-        factors = self._shaken(len(turn), len(turn))
         remembered = min(self.remembered() * len(turn), sum(map(len, self.turns)))
-        return held.slopes(near, features, place.weight, place.bias, turn, factors), len(turn), remembered
-
-    def _shaken(self, count: int, effective: float) -> Tensor | None:
-        if self.generator is None:
-            return None
-        noise = self.batching.noise(self.batching.size)
-        return shaken_weights(count, effective, noise, self.generator, self.place.weight)
+        return held.slopes(near, features, place.weight, place.bias, turn), len(turn), remembered
 
     def remembered(self) -> float:
         """Steps that the momentum remembers, about (1 + beta) / (1 - beta) / 2; at least one."""
@@ -238,6 +229,10 @@ class Walker:
             torch.add(self.origin, self.motion, alpha=self.believed, out=found.theta)
         return found
 
+    def whole(self) -> Place:
+        """Where it stands with all of the body's motion, whatever share of it is believed."""
+        return replace(self.place, theta=self.origin + self.motion)
+
     def check(self) -> None:
         """Raise if the path has left the finite numbers."""
         if not all(bool(torch.isfinite(part).all()) for part in (self.place.theta, self.place.weight)):
@@ -254,8 +249,8 @@ def follow(
     windows: Sequence[int],
     shares: Sequence[float] = (),
     turns: Sequence[int] | None = None,
-    generator: torch.Generator | None = None,
     stock: Stock | None = None,
+    half: int | None = None,
 ) -> Path:
     """Follow a training along surrogates that were taken before, without the model.
 
@@ -269,11 +264,10 @@ def follow(
         windows: for each surrogate, how many are in use together from there on, the newest and those before it.
         shares: for each, which share of the body's motion is believed from there on; all of it by default.
         turns: from which step on each surrogate is used; by default from its own.
-        generator: gives the steps the noise of a run's batches, and leaves out half of an incomplete stock.
         stock: features for the head's own training.
+        half: of an incomplete stock that takes part, 0 or 1; None for all of it.
     """
-    share = 1 if generator is None else 2
-    walker = Walker(net, training, start.copy(), batching, generator, stock, share)
+    walker = Walker(net, training, start.copy(), batching, stock, half)
     places: dict[int, Place] = {0: start} if 0 in steps else {}
     shares = shares or [1.0] * len(surrogates)
     turns = [near.step for near in surrogates] if turns is None else turns
@@ -285,7 +279,7 @@ def follow(
         if step + 1 in steps:
             walker.check()
             places[step + 1] = walker.told()
-    return Path(places, tuple(surrogates), tuple(windows), tuple(shares), tuple(walker.blind), ())
+    return Path(places, tuple(surrogates), tuple(windows), tuple(shares), tuple(walker.blind), (), whole=walker.whole())
 
 
 def batching_of(training: SGD | AdamW | GradientDescent, rows: int, *, fresh: bool = False) -> Batching:

@@ -45,7 +45,6 @@ class Window:
         weight: Float[Tensor, "C d"],
         bias: Float[Tensor, " C"],
         profile: Float[Tensor, " P"] | None,
-        jitter: Float[Tensor, " n"] | None = None,
     ) -> tuple[Slope, float, float]:
         r"""Slope of theta; the share of the gradient at the features that lies outside the directions kept; and n.
 
@@ -61,15 +60,13 @@ class Window:
             bias: of the head.
             profile: how the mean square of the gradients in theta is spread over theta (`profile`); None where the
                 gradient is the run's own and its spread does not matter.
-            jitter: factors of the samples' weights, about 1; see `shaken_weights`.
 
         Cost: 2 n P.
         """
-        weights = self.weights if jitter is None else self.weights * jitter
         _, pull, along = self.pulls(features, weight, bias)
         total = float(pull.square().sum())
         blind = 1 - float(along.square().sum()) / total if total > TINY else 0.0
-        mean = _mixed(along * weights, [part.gradients for part in self.parts])
+        mean = _mixed(along * self.weights, [part.gradients for part in self.parts])
         energy = (self.weights * along.square()).sum()
         squares = self.weights * along.square() * self.lengths
         scatter = float((self.weights * squares).sum())
@@ -81,12 +78,10 @@ class Window:
         features: Float[Tensor, "n d"],
         weight: Float[Tensor, "C d"],
         bias: Float[Tensor, " C"],
-        jitter: Float[Tensor, " n"] | None = None,
     ) -> tuple[Slope, Slope]:
         """Slopes of W and b, over the anchors' samples alone; arguments as of `body`."""
-        weights = self.weights if jitter is None else self.weights * jitter
         error = self.pulls(features, weight, bias)[0]
-        weighted = error * weights[:, None]
+        weighted = error * self.weights[:, None]
         rows = Slope(weighted.T @ features, (weighted * error).T @ features.square())
         return rows, Slope(weighted.sum(0), (weighted * error).sum(0))
 
@@ -141,15 +136,6 @@ def profile(
     total = float(energies.sum())
     found: Tensor = squares.T @ (energies / total if total > TINY else weights)
     return found
-
-
-def shaken_weights(
-    count: int, effective: float, variance: float, generator: torch.Generator, like: Tensor
-) -> Float[Tensor, " n"]:
-    """Random factors of the weights: they give the mean gradient so many times the variance of one sample's."""
-    noise = torch.randn(count, generator=generator, dtype=torch.float64)
-    factors: Tensor = 1 + (effective * variance) ** 0.5 * noise.to(like)
-    return factors
 
 
 def anchors_in_use(noise: float, staleness: float, samples: float, least: int, most: int) -> int:

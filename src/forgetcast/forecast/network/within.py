@@ -12,7 +12,7 @@ from forgetcast.checks import complaint
 from forgetcast.forecast.network.along import along
 from forgetcast.forecast.network.given import Given
 from forgetcast.forecast.network.head import Network
-from forgetcast.forecast.network.plan import FORWARD, HALF_OLD, Budget
+from forgetcast.forecast.network.plan import FORWARD, Budget, check_cost
 from forgetcast.forecast.network.result import NetworkForecast
 from forgetcast.forecast.network.start import Start
 from forgetcast.forecast.network.surrogate import Surrogate
@@ -28,7 +28,7 @@ def contains(larger: Network, smaller: Network) -> bool:
 
 def reading_cost(old: int) -> float:
     """What `forecast_within` costs, in passes forward and backward of one sample."""
-    return FORWARD * (old + min(old, HALF_OLD))
+    return FORWARD * old + check_cost(old)
 
 
 def forecast_within(asked: Given, start: Start, larger: NetworkForecast) -> NetworkForecast:
@@ -54,7 +54,7 @@ def forecast_within(asked: Given, start: Start, larger: NetworkForecast) -> Netw
     Raises:
         ValueError: a forecast without surrogates, parameters that it does not have.
 
-    Cost: one reading of the old samples, and one of some of them; n P numbers for n samples of the anchors.
+    Cost: one reading of the old samples, and two of some of them; n P numbers for n samples of the anchors.
     """
     started = perf_counter()
     net, training = asked.net, asked.training
