@@ -26,7 +26,7 @@ from forgetcast.forecast.network.head import Network, network
 from forgetcast.forecast.network.pilot import trained_path
 from forgetcast.forecast.network.placed import place_rows
 from forgetcast.forecast.network.samples import Samples
-from forgetcast.forecast.network.trust import Trust
+from forgetcast.forecast.network.trust import SamplingError, Trust
 from forgetcast.forecast.training import AdamW
 from forgetcast.tangent.jacobian import trainable
 
@@ -151,13 +151,15 @@ def transition(
         "pilot": agreement(pilot.logits, measured, before, old.targets),
         "ceiling": agreement(again, measured, before, old.targets),
     }
+    sampling = found.trust.sampling_error
     results["forecast"] |= {
         "share": found.share_of_run,
         "seconds_share": spent / run_spent,
         "expected_cosine": found.trust.expected_cosine,
         "trusted": found.trust.trusted,
         "interval": list(found.interval),
-        "sampling_error": found.trust.sampling_error,
+        "sampling_error": None if sampling is None else sampling.all,
+        "old_sampling_error": None if sampling is None else sampling.old,
         "surrogate_error": found.trust.surrogate_error,
     }
     results["pilot"] |= {"share": pilot.share_of_run, "seconds_share": pilot_spent / run_spent}
@@ -319,7 +321,13 @@ def page() -> str:
             }
             ahead = [pairs["forecast"][i] - pairs["pilot"][i] for i in (0, 1)]
             trusts = [
-                Trust(row["forecast"]["sampling_error"], row["forecast"]["surrogate_error"], 0.0, False) for row in rows
+                Trust(
+                    SamplingError(row["forecast"]["sampling_error"], row["forecast"].get("old_sampling_error")),
+                    row["forecast"]["surrogate_error"],
+                    0.0,
+                    False,
+                )
+                for row in rows
             ]
             verdicts += [verdict(head, ratio, errors, ahead), warned(rows, trusts)]
             inside = mean(

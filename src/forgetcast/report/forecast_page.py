@@ -11,7 +11,16 @@ from forgetcast.report.run_figures import svg
 from forgetcast.report.run_page import SETTINGS, Figure
 
 _NEEDED = ("forecast", "frontier", "safe", "per_class", "per_task", "calibration", "definitions")
-_DEFINED = ("old_accuracy", "drop", "interval", "new_accuracy", "expected_cosine", "share_of_run", "relative_drift")
+_DEFINED = (
+    "old_accuracy",
+    "drop",
+    "interval",
+    "new_accuracy",
+    "expected_cosine",
+    "expected_old_cosine",
+    "share_of_run",
+    "relative_drift",
+)
 _DIAGNOSED = ("share", "alone", "missing", "kernel_change")
 _MEASURED = ("accuracy_error", "cosine", "relative_error", "rank_correlation", "broken_precision", "broken_recall")
 

@@ -36,6 +36,8 @@ DEFINITIONS = {
     "new_accuracy": "Share of the new training samples answered right, among the outputs that the loss sees.",
     "expected_cosine": "Cosine to the measured drift of the old logits that the forecast expects of itself, from the "
     "errors it measured of itself; 1 where it is exact.",
+    "expected_old_cosine": "The same over the outputs of the old classes alone: their drift decides which of them "
+    "suffer.",
     "share_of_run": "Cost of the forecast relative to the training, in passes forward and backward of one sample.",
     "relative_drift": "Size of the forecast change of the old logits, relative to that of these logits.",
     "broken_precision": "Share of the answers forecast to turn wrong that did.",
@@ -144,7 +146,8 @@ def told(
             "share_of_run": found.share_of_run,
             "seconds": found.cost.seconds,
             "expected_cosine": trust.expected_cosine,
-            "sampling_error": trust.sampling_error,
+            "expected_old_cosine": trust.expected_old_cosine,
+            "sampling_error": None if trust.sampling_error is None else asdict(trust.sampling_error),
             "surrogate_error": trust.surrogate_error,
             "blind": trust.blind,
             "trusted": trust.trusted,

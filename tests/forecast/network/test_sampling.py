@@ -8,6 +8,7 @@ from small_networks import NEW, network_and_task
 from torch import nn
 
 import forgetcast as fc
+from forgetcast.forecast.network.trust import SamplingError
 
 TRAINING = fc.AdamW(2e-3, 60, batch_size=16, classes=NEW)
 
@@ -55,7 +56,7 @@ def test_it_tells_how_far_other_draws_lead():
         centre = drifts.mean(0)
         spread = float((drifts - centre).square().sum((1, 2)).mean() * 6 / 5) ** 0.5
         measured.append(spread / float(centre.norm()))
-        told.append(sum(forecast.trust.sampling_error for forecast in found) / 6)
+        told.append(sum(forecast.trust.sampling_error.all for forecast in found) / 6)
     ratio = sum(told) / sum(measured)
     assert 0.5 < ratio < 2, (told, measured)
 
@@ -64,6 +65,17 @@ def test_samples_that_are_all_alike_leave_nothing_to_chance():
     model, old, new = task(90, 0)
     same = new[0][:1].expand(90, -1).clone(), new[1][:1].expand(90).clone()
     trust = fc.forecast(model, old, same, TRAINING, budget=0.3).trust
-    assert trust.sampling_error == pytest.approx(0, abs=0.05)
+    assert trust.sampling_error.all == pytest.approx(0, abs=0.05)
     assert trust.trusted
-    assert fc.forecast(model, old, new, TRAINING, budget=0.3).trust.sampling_error > 0.1
+    assert fc.forecast(model, old, new, TRAINING, budget=0.3).trust.sampling_error.all > 0.1
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_the_old_outputs_have_an_error_of_their_own():
+    """Above that of the whole drift, most of which is in new outputs; none without labels, or where outputs stand."""
+    model, old, new = task(900, 0)
+    found = fc.forecast(model, old, new, TRAINING, budget=0.3)
+    error = found.trust.sampling_error
+    assert found.drift[:, :2].norm() < found.drift[:, 2:].norm()
+    assert error.old > error.all
+    assert fc.forecast(model, old[0], new, TRAINING, budget=0.3).trust.sampling_error == SamplingError(error.all, None)

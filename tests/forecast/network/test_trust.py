@@ -10,12 +10,15 @@ from small_networks import NEW, network_and_task
 from torch import nn
 
 import forgetcast as fc
+from forgetcast.forecast.network.trust import SamplingError
 
 ERRORS = st.none() | st.floats(0, 50)
+SAMPLING = st.none() | st.builds(SamplingError, st.floats(0, 50), ERRORS)
+MUCH = SamplingError(9.0, 9.0)
 CALM = fc.AdamW(5e-4, 20, batch_size=20, classes=NEW)
 
 
-@given(ERRORS, ERRORS, st.booleans())
+@given(SAMPLING, ERRORS, st.booleans())
 def test_more_error_is_less_trust(sampling, surrogate, degenerate):
     trust = fc.Trust(sampling, surrogate, 0.0, degenerate)
     if sampling is None and surrogate is None:
@@ -30,13 +33,18 @@ def test_more_error_is_less_trust(sampling, surrogate, degenerate):
     assert trust.trusted == ("not to be trusted" not in trust.reason)
     assert trust.trusted == ("raise the budget" not in trust.reason)
     assert ("place the head first" in trust.reason) == (degenerate and not trust.trusted)
-    for name, value in (("sampling_error", sampling), ("surrogate_error", surrogate)):
-        worse = replace(trust, **{name: (value or 0.0) + 1})
+    more = SamplingError(1 + (0.0 if sampling is None else sampling.all), None)
+    for worse in (replace(trust, sampling_error=more), replace(trust, surrogate_error=(surrogate or 0.0) + 1)):
         assert worse.expected_cosine < cosine
+    assert (trust.expected_old_cosine is None) == (sampling is None or sampling.old is None)
+    if trust.expected_old_cosine is not None:
+        lower = trust.expected_old_cosine if sampling.old >= sampling.all else cosine
+        assert lower == min(cosine, trust.expected_old_cosine)
+        assert f"old classes' own outputs {trust.expected_old_cosine:.2f}" in trust.reason
 
 
 def test_the_larger_error_is_named():
-    few, far = fc.Trust(9.0, 0.1, 0.0, False), fc.Trust(0.1, 3.0, 0.0, False)
+    few, far = fc.Trust(MUCH, 0.1, 0.0, False), fc.Trust(SamplingError(0.1, 0.1), 3.0, 0.0, False)
     assert "few samples read: raise the budget" in few.reason
     assert "anchors too far apart: raise the budget" in far.reason
 
@@ -84,11 +92,11 @@ def test_equal_rows_of_a_fresh_head_are_named(value):
         model[4].weight[2:] = value
     found = fc.forecast(model, old, new, CALM, budget=0.9)
     assert found.trust.degenerate
-    doubted = replace(found.trust, sampling_error=20.0)
+    doubted = replace(found.trust, sampling_error=MUCH)
     assert "raise the budget, or place the head first" in doubted.reason
     placed = fc.forecast(model, old, new, CALM, budget=0.9, head="placed")
     assert not placed.trust.degenerate
-    assert "place the head" not in replace(placed.trust, sampling_error=20.0).reason
+    assert "place the head" not in replace(placed.trust, sampling_error=MUCH).reason
     with torch.no_grad():
         model[4].weight[2:] += 0.01 * torch.randn(3, 7)
     assert not fc.forecast(model, old, new, CALM, budget=0.9).trust.degenerate

@@ -5,18 +5,24 @@ twice as much as either; its error is about that of their mean,
 
     || drift_A - drift_B || / (2 || drift ||)
 
+Which of the old classes suffer is decided by the drift of their own outputs. That is the smaller part of the drift
+where the new outputs rise, and the body makes all of it: it has an error of its own, over these outputs alone.
+
 Source: derived; beside measured errors in docs/forecast_results.md.
 """
 
 from collections.abc import Iterator, Sequence
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from forgetcast.forecast.network.head import Network
 from forgetcast.forecast.network.plan import checked
 from forgetcast.forecast.network.result import Reading, read_at
 from forgetcast.forecast.network.samples import Samples
 from forgetcast.forecast.network.steps import Batching
+from forgetcast.forecast.network.trust import SamplingError
 from forgetcast.forecast.network.walker import Path, Place, follow
 from forgetcast.forecast.training import SGD, AdamW, GradientDescent
 
@@ -28,7 +34,7 @@ def sampling_error(
     path: Path,
     readings: Sequence[Reading],
     batching: Batching,
-) -> float | None:
+) -> SamplingError | None:
     """Of the last reading, on some of the old samples; None where there are no halves, or nothing drifts.
 
     The halves are read with all of their motion, whatever share of it the forecast believes: the rest of it is what is
@@ -38,12 +44,21 @@ def sampling_error(
     """
     places = torch.linspace(0, len(old) - 1, checked(len(old))).long()
     few, rows = old.at(places), places.to(net.device)
-    size = float((readings[-1].logits[rows] - readings[0].logits[rows]).double().norm())
+    drift = readings[-1].logits[rows] - readings[0].logits[rows]
     ends = [read_at(net, few, readings[-1].step, place) for place in _ends(net, training, path, readings, batching)]
-    if not ends or size == 0:
+    if not ends:
         return None
-    first, second = ends
-    return float((first.logits - second.logits).double().norm()) / (2 * size)
+    apart = ends[0].logits - ends[1].logits
+    whole = _relative(apart, drift)
+    if whole is None or few.targets is None or few.targets.is_floating_point():
+        return None if whole is None else SamplingError(whole, None)
+    own = torch.unique(few.targets).to(net.device)
+    return SamplingError(whole, _relative(apart[:, own], drift[:, own]))
+
+
+def _relative(apart: Float[Tensor, "m k"], drift: Float[Tensor, "m k"]) -> float | None:
+    size = float(drift.double().norm())
+    return float(apart.double().norm()) / (2 * size) if size > 0 else None
 
 
 def _ends(
