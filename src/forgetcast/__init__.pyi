@@ -16,6 +16,7 @@ from .forecast.network.layers import kernel_movement as kernel_movement
 from .forecast.network.placed import place_rows as place_rows
 from .forecast.network.result import Frontier as Frontier
 from .forecast.network.result import NetworkForecast as NetworkForecast
+from .forecast.network.trust import SamplingError as SamplingError
 from .forecast.network.trust import Trust as Trust
 from .forecast.order import OrderForecast as OrderForecast
 from .forecast.order import best_order as best_order
