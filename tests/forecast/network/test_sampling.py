@@ -49,16 +49,16 @@ def test_halves_share_no_samples_and_each_sees_every_class(head, monkeypatch):
 def test_it_tells_how_far_other_draws_lead():
     """Root mean square over draws of the distance from their mean, against what each draw says of itself."""
     told, measured = [], []
-    for seed in range(3):
+    for seed in range(2):
         model, old, new = task(900, seed)
-        found = [fc.forecast(model, old, new, TRAINING, budget=0.3, seed=draw) for draw in range(6)]
+        found = [fc.forecast(model, old, new, TRAINING, budget=0.3, seed=draw) for draw in range(5)]
         drifts = torch.stack([forecast.drift for forecast in found])
         centre = drifts.mean(0)
-        spread = float((drifts - centre).square().sum((1, 2)).mean() * 6 / 5) ** 0.5
+        spread = float((drifts - centre).square().sum((1, 2)).mean() * 5 / 4) ** 0.5
         measured.append(spread / float(centre.norm()))
-        told.append(sum(forecast.trust.sampling_error.all for forecast in found) / 6)
+        told.append(sum(forecast.trust.sampling_error.all for forecast in found) / 5)
     ratio = sum(told) / sum(measured)
-    assert 0.5 < ratio < 2, (told, measured)
+    assert 0.7 < ratio < 1.4, (told, measured)
 
 
 def test_samples_that_are_all_alike_leave_nothing_to_chance():
