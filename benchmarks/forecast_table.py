@@ -26,7 +26,6 @@ from forgetcast.forecast.network.head import Network, network
 from forgetcast.forecast.network.pilot import trained_path
 from forgetcast.forecast.network.placed import place_rows
 from forgetcast.forecast.network.samples import Samples
-from forgetcast.forecast.network.trust import SamplingError, Trust
 from forgetcast.forecast.training import AdamW
 from forgetcast.tangent.jacobian import trainable
 
@@ -257,13 +256,13 @@ def short_of(row: dict[str, Any]) -> bool:
     return wrong > points or any(found[name] < share * ceiling[name] for name in ("cosine", "rank"))
 
 
-def warned(rows: list[dict[str, Any]], trusts: list[Trust]) -> str:
+def warned(rows: list[dict[str, Any]]) -> str:
     """One line: which transitions fall short, and of which of them the forecast said that it was not to be trusted."""
     doubts = {True: [0, 0], False: [0, 0]}
-    for row, trust in zip(rows, trusts, strict=True):
+    for row in rows:
         count = doubts[short_of(row)]
         count[0] += 1
-        count[1] += not trust.trusted
+        count[1] += not row["forecast"]["trusted"]
     (short, told), (fine, feared) = doubts[True], doubts[False]
     return (
         f"  Transitions that fall short by themselves: {short}, of which {told} called not to be trusted; "
@@ -320,29 +319,20 @@ def page() -> str:
                 for who in ("forecast", "pilot", "no change")
             }
             ahead = [pairs["forecast"][i] - pairs["pilot"][i] for i in (0, 1)]
-            trusts = [
-                Trust(
-                    SamplingError(row["forecast"]["sampling_error"], row["forecast"].get("old_sampling_error")),
-                    row["forecast"]["surrogate_error"],
-                    0.0,
-                    False,
-                )
-                for row in rows
-            ]
-            verdicts += [verdict(head, ratio, errors, ahead), warned(rows, trusts)]
+            verdicts += [verdict(head, ratio, errors, ahead), warned(rows)]
             inside = mean(
                 low <= row["forecast"]["measured_accuracy"] <= high
                 for row in rows
                 for low, high in [row["forecast"]["interval"]]
             )
-            expected = mean(trust.expected_cosine or 0.0 for trust in trusts)
+            expected = average(rows, "forecast", "expected_cosine")
             lines.append(
                 f"| {head} | "
                 + " | ".join(f"{pairs[who][0]:.3f} / {pairs[who][1]:.2f}" for who in ("forecast", "pilot", "ceiling"))
                 + f" | {ratio[0]:.2f} / {ratio[1]:.2f} | {average(rows, 'gradient overlap', 'rank'):.2f} | "
                 + " | ".join(f"{errors[who]:.1f}" for who in ("forecast", "pilot", "no change"))
                 + f" | {average(rows, 'forecast', 'share'):.0%} | {average(rows, 'forecast', 'seconds_share'):.0%} | "
-                f"{expected:.2f} | {mean(trust.trusted for trust in trusts):.0%} | {inside:.0%} |"
+                f"{expected:.2f} | {average(rows, 'forecast', 'trusted'):.0%} | {inside:.0%} |"
             )
         lines += ["", *verdicts]
         lines += [

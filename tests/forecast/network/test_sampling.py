@@ -79,3 +79,5 @@ def test_the_old_outputs_have_an_error_of_their_own():
     assert found.drift[:, :2].norm() < found.drift[:, 2:].norm()
     assert error.old > error.all
     assert fc.forecast(model, old[0], new, TRAINING, budget=0.3).trust.sampling_error == SamplingError(error.all, None)
+    rare = (torch.arange(40) == 1).long()  # of a class that no sample read for the halves has
+    assert fc.forecast(model, (old[0], rare), new, TRAINING, budget=0.3).trust.sampling_error == error

@@ -40,6 +40,14 @@ def sampling_error(
     The halves are read with all of their motion, whatever share of it the forecast believes: the rest of it is what is
     uncertain.
 
+    Args:
+        net: the model, at the start; its parameters move and are put back.
+        old: the old samples.
+        training: that the path follows.
+        path: with its surrogates.
+        readings: of the old samples, the start first.
+        batching: of the run.
+
     Cost: two passes over some old samples, and what following the path has cost.
     """
     places = torch.linspace(0, len(old) - 1, checked(len(old))).long()
@@ -50,9 +58,11 @@ def sampling_error(
         return None
     apart = ends[0].logits - ends[1].logits
     whole = _relative(apart, drift)
-    if whole is None or few.targets is None or few.targets.is_floating_point():
-        return None if whole is None else SamplingError(whole, None)
-    own = torch.unique(few.targets).to(net.device)
+    if whole is None:
+        return None
+    if old.targets is None or old.targets.is_floating_point():
+        return SamplingError(whole, None)
+    own = torch.unique(old.targets).to(net.device)
     return SamplingError(whole, _relative(apart[:, own], drift[:, own]))
 
 
