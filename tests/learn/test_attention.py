@@ -68,6 +68,34 @@ def test_long_texts_go_to_the_fused_kernel():
     assert torch.equal(answered(parts, True)[0], answered(parts, False)[0])
 
 
+def test_without_a_gradient_the_fused_kernel_is_the_faster():
+    parts = drawn(3, 30, torch.bfloat16)
+    still = [part.detach() for part in parts]
+    fused = scaled_dot_product_attention(*still)
+    with PlainAttention():
+        assert torch.equal(scaled_dot_product_attention(*still), fused)
+        with torch.no_grad():
+            assert torch.equal(scaled_dot_product_attention(*parts), fused)
+
+
+@pytest.mark.parametrize("shape", [(30, 8), (5, 30, 8), (2, 3, 2, 30, 8)], ids=["no batch", "three", "five"])
+def test_any_batch(shape):
+    query, key, value = (torch.randn(shape, dtype=torch.bfloat16).requires_grad_() for _ in range(3))
+    with PlainAttention():
+        found = scaled_dot_product_attention(query, key[..., :20, :], value[..., :20, :4])
+    exact = scaled_dot_product_attention(query.double(), key[..., :20, :].double(), value[..., :20, :4].double())
+    assert found.shape == exact.shape
+    assert (found.double() - exact).norm() < 0.02 * exact.norm()
+
+
+def test_batches_that_broadcast_go_to_the_fused_kernel():
+    query, key, value = drawn(4, 30, torch.bfloat16)
+    shared = [key[:1], value[:1]]
+    with PlainAttention():
+        found = scaled_dot_product_attention(query, *shared)
+    assert torch.equal(found, scaled_dot_product_attention(query, *shared))
+
+
 def test_other_functions_are_left_alone():
     with PlainAttention():
         assert torch.equal(torch.softmax(torch.zeros(2), 0), torch.full((2,), 0.5))
