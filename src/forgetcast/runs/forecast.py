@@ -37,7 +37,7 @@ DEFINITIONS = {
     "expected_cosine": "Cosine to the measured drift of the old logits that the forecast expects of itself, from the "
     "errors it measured of itself; 1 where it is exact.",
     "expected_old_cosine": "The same over the outputs of the old classes alone: their drift decides which of them "
-    "suffer.",
+    "suffer most; below 0.8 that order is not to be trusted.",
     "share_of_run": "Cost of the forecast relative to the training, in passes forward and backward of one sample.",
     "relative_drift": "Size of the forecast change of the old logits, relative to that of these logits.",
     "broken_precision": "Share of the answers forecast to turn wrong that did.",
@@ -151,6 +151,7 @@ def told(
             "surrogate_error": trust.surrogate_error,
             "blind": trust.blind,
             "trusted": trust.trusted,
+            "order_trusted": trust.order_trusted,
             "reason": trust.reason,
             "accuracy_before": seen.accuracy_before,
             "accuracy": seen.accuracy,

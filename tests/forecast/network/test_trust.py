@@ -30,7 +30,7 @@ def test_more_error_is_less_trust(sampling, surrogate, degenerate):
     assert 0 < cosine <= 1
     assert trust.trusted == (cosine >= 0.8)
     assert f"expected cosine {cosine:.2f}" in trust.reason
-    assert trust.trusted == ("not to be trusted" not in trust.reason)
+    assert trust.trusted == ("not to be trusted (" not in trust.reason)
     assert trust.trusted == ("raise the budget" not in trust.reason)
     assert ("place the head first" in trust.reason) == (degenerate and not trust.trusted)
     more = SamplingError(1 + (0.0 if sampling is None else sampling.all), None)
@@ -41,6 +41,10 @@ def test_more_error_is_less_trust(sampling, surrogate, degenerate):
         of_old = replace(trust, sampling_error=SamplingError(sampling.old, None))
         assert trust.expected_old_cosine == of_old.expected_cosine
         assert f"old classes' own outputs {trust.expected_old_cosine:.2f}" in trust.reason
+        assert trust.order_trusted == (trust.expected_old_cosine >= 0.8)
+        assert trust.order_trusted == ("which of them suffer most is not to be trusted" not in trust.reason)
+    else:
+        assert not trust.order_trusted
 
 
 def test_the_larger_error_is_named():

@@ -25,8 +25,8 @@ class Trust:
 
         expected cosine = 1 / sqrt(1 + sampling_error^2 + surrogate_error^2)
 
-    It is that of the whole drift. Which of the old classes suffer hangs on the drift of their own outputs, which is the
-    smaller part of it and harder to tell: `expected_old_cosine`.
+    It is that of the whole drift. Which of the old classes suffer most hangs on the drift of their own outputs, which
+    is the smaller part of it and harder to tell: `expected_old_cosine`. The two are trusted each by itself.
 
     Attributes:
         sampling_error: `||A - B|| / (2 ||whole||)` of the old drifts that two halves of the forecast predict, which
@@ -72,6 +72,11 @@ class Trust:
         return self.expected_cosine is not None and self.expected_cosine >= TRUSTED_COSINE
 
     @property
+    def order_trusted(self) -> bool:
+        """Whether the order in which old classes suffer is: `expected_old_cosine` is at least 0.8."""
+        return self.expected_old_cosine is not None and self.expected_old_cosine >= TRUSTED_COSINE
+
+    @property
     def reason(self) -> str:
         """Why, in words."""
         if self.exact:
@@ -86,6 +91,7 @@ class Trust:
         verdict = "to be trusted" if self.trusted else f"not to be trusted ({worst}: raise the budget"
         remedy = "" if self.trusted else (", or place the head first)" if self.degenerate else ")")
         old = self.expected_old_cosine
-        order = "" if old is None else f"; of the old classes' own outputs {old:.2f}"
+        doubt = "" if self.order_trusted else ": which of them suffer most is not to be trusted"
+        order = "" if old is None else f"; of the old classes' own outputs {old:.2f}{doubt}"
         dead = "; nothing outside the head has a gradient at the start: initialise it away from zero"
         return f"expected cosine {self.expected_cosine:.2f}, {verdict}{remedy}{order}{dead if self.silent else ''}"
