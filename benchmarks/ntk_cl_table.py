@@ -123,7 +123,7 @@ def identity_of(job: Job, data: str) -> Any:
 def measure(store: Store, folder: Path, rows: Sequence[Row], workers: int) -> None:
     """The whole table."""
     cached = SETTING.cached(folder).shared()
-    data = cached.source("vit").hash
+    data = cached.hash
     packages = ("torch", "transformers", "peft", "numpy")
     store.all |= {"machine": floor(), "seeds": list(SEEDS), "tuning_seed": TUNING_SEED}
     store.all |= {"versions": {name: version(name) for name in packages}, "title": SETTING.title}

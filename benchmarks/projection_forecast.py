@@ -160,7 +160,7 @@ if __name__ == "__main__":
             told = store.kept(
                 known,
                 f"{name} / {tuner}",
-                run.identity(data.source(name).hash) | {"epochs": EPOCHS, "learnt": LEARNT, "budget": BUDGET},
+                run.identity(data.hash) | {"epochs": EPOCHS, "learnt": LEARNT, "budget": BUDGET},
                 lambda run=run, data=data: measured(run, data, arguments.data),
             )
             print(name, tuner, told, flush=True)

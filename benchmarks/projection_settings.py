@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, scaled_dot_product_attention
 
 from benchmarks.forecast_settings import first_of_each, shared
+from forgetcast.backbones.weights import weights_hash
 from forgetcast.learn.optimizer import Optimization
 from forgetcast.streams.scenarios import class_incremental
 from forgetcast.streams.sources import Source
@@ -35,12 +36,14 @@ class Cached:
         labels: (n,).
         test: places of the test samples.
         groups: labels of each task; None where the seed puts classes together.
+        hash: of what they were computed from, samples and weights: their own last digits depend on the machine.
     """
 
     states: Tensor
     labels: Tensor
     test: Tensor
     groups: list[list[int]] | None
+    hash: str
 
     def source(self, name: str) -> Source:
         """As a source of the library."""
@@ -160,6 +163,11 @@ def lower_images(folder: Path, images: np.ndarray) -> Tensor:
     return torch.cat(parts)
 
 
+def hash_of(weights: nn.Module, **samples: Tensor) -> str:
+    """Of weights and of what they are given."""
+    return weights_hash({**weights.state_dict(), **samples})
+
+
 def cached_images(folder: Path) -> Cached:
     """The first images of each class of CIFAR-100."""
     load = shared(folder)
@@ -169,10 +177,11 @@ def cached_images(folder: Path) -> Cached:
         places = np.concatenate([np.flatnonzero(labels == label)[:each] for label in range(100)])
         kept.append(images[places])
         answers.append(labels[places])
-    labels = torch.from_numpy(np.concatenate(answers))
-    return Cached(
-        lower_images(folder, np.concatenate(kept)), labels, torch.arange(len(answers[0]), len(labels)), groups=None
-    )
+    images, labels = np.concatenate(kept), torch.from_numpy(np.concatenate(answers))
+    from deit_tiny import deit_tiny
+
+    given = hash_of(deit_tiny(), images=torch.from_numpy(images), labels=labels)
+    return Cached(lower_images(folder, images), labels, torch.arange(len(answers[0]), len(labels)), None, given)
 
 
 def pretrained_text(folder: Path) -> Any:
@@ -204,6 +213,7 @@ def cached_texts(folder: Path) -> Cached:
     tokenizer = AutoTokenizer.from_pretrained(load.minilm_directory())
     read = tokenizer(list(texts), padding="max_length", truncation=True, max_length=TEXT_LENGTH, return_tensors="pt")
     lower = pretrained_text(folder)
+    given = hash_of(lower, ids=read["input_ids"], labels=torch.tensor(labels))
     lower.encoder.layer = lower.encoder.layer[:FIRST_TEXT_LAYER]
     parts = []
     with torch.no_grad():
@@ -211,7 +221,7 @@ def cached_texts(folder: Path) -> Cached:
             states = lower(input_ids=ids, attention_mask=mask).last_hidden_state
             parts.append(torch.cat([states, mask[..., None].to(states)], 2))
     groups = [[place[name] for name in intents] for intents in domains.values()]
-    return Cached(torch.cat(parts), torch.tensor(labels), torch.arange(len(train), len(texts)), groups)
+    return Cached(torch.cat(parts), torch.tensor(labels), torch.arange(len(train), len(texts)), groups, given)
 
 
 def stream_of(cached: Cached, name: str, seed: int, *, validation: bool = False) -> Stream:

@@ -123,7 +123,7 @@ def at_rates(runs: Sequence[Run], rates: Rates) -> list[Run]:
 def measure(store: Store, folder: Path, settings: Sequence[str], workers: int) -> None:
     """The whole table."""
     data = {name: SETTINGS[name].cached(folder).shared() for name in settings}
-    hashes = {name: cached.source(name).hash for name, cached in data.items()}
+    hashes = {name: cached.hash for name, cached in data.items()}
     packages = ("torch", "transformers", "peft", "numpy")
     store.all |= {"machine": floor(), "seeds": list(SEEDS), "tuning_seed": TUNING_SEED, "tuning_tasks": TUNING_TASKS}
     store.all |= {"versions": {name: version(name) for name in packages}, "ablated": ABLATED}

@@ -1,5 +1,6 @@
 """One run of a row of the table of rivals: its data, its training, and what is kept of it."""
 
+import hashlib
 import json
 import warnings
 from collections.abc import Iterator
@@ -58,7 +59,9 @@ def fewer(cached: Cached, each: int) -> Cached:
     there[cached.test] = True
     tested = torch.zeros_like(there)
     tested[cached.test] = True
-    return Cached(cached.states[there], cached.labels[there], torch.where(tested[there])[0], cached.groups)
+    kept = hashlib.sha256(f"{cached.hash}, {each} a class".encode()).hexdigest()
+    places = torch.where(tested[there])[0]
+    return Cached(cached.states[there], cached.labels[there], places, cached.groups, f"sha256:{kept}")
 
 
 def merged(stream: Stream, tasks: int) -> Stream:

@@ -81,9 +81,9 @@ def measure_set(store: Store, pool: Pool, name: str, cached: Cached, rows: Seque
     place["absent"] = {row.label: row.absent[name] for row in ROWS if name in row.absent}
     place["methods"] = {row.label: row.method for row in ROWS}
     tried = [(row, rate, TUNING_SEED, True, name) for row in rows for rate in row.rates]
-    rates = place["rates"] = chosen(completed(store, pool, name, cached, tried, place["tuning"]))
+    rates = place["rates"] = chosen(completed(store, pool, cached, tried, place["tuning"]))
     jobs = [(row, rates.get(row.label), seed, False, name) for seed in SEEDS for row in rows]
-    completed(store, pool, name, cached, jobs, place["runs"])
+    completed(store, pool, cached, jobs, place["runs"])
 
 
 def foresee(store: Store, pool: Pool, name: str, cached: Cached, rows: Sequence[Row], seed: int) -> None:
@@ -91,7 +91,7 @@ def foresee(store: Store, pool: Pool, name: str, cached: Cached, rows: Sequence[
     place = part_of(store, name)
     jobs = [(row, place["rates"][row.label], seed, False, name) for row in rows if row.rates]
     kept = place["forecasts"].setdefault(str(seed), {})
-    completed(store, pool, name, cached, jobs, kept, forecast_work, forecast_identity, report)
+    completed(store, pool, cached, jobs, kept, forecast_work, forecast_identity, report)
 
 
 def part_of(store: Store, name: str) -> Table:
@@ -105,7 +105,6 @@ def part_of(store: Store, name: str) -> Table:
 def completed(
     store: Store,
     pool: Pool,
-    name: str,
     cached: Cached,
     jobs: Sequence[Job],
     place: Table,
@@ -114,8 +113,7 @@ def completed(
     told: Callable[[Table], str] = accuracies,
 ) -> Table:
     """Some runs on a data set."""
-    data = cached.source(name).hash
-    return complete(store, place, pool, how, jobs, [identity(job, data) for job in jobs], told)
+    return complete(store, place, pool, how, jobs, [identity(job, cached.hash) for job in jobs], told)
 
 
 if __name__ == "__main__":
