@@ -46,11 +46,12 @@ HEADS: tuple[Head, ...] = ("as_is", "placed")
 """Whether the advice finds the rows placed, or places them itself and keeps the features that it reads for it."""
 EPOCHS = 5
 BUDGET = 0.08
-OLD = 600
+READ = 0.4
+"""Of the old test samples of each class: what is the advice's to read; the others measure."""
 DRAWS = 3
 """Advices on each transition, with other draws of samples; the first decides where the next task starts."""
 TEXTS, MORE_TEXTS = 60, 10
-IMAGES, MORE_IMAGES, TEST_IMAGES = 150, 15, 60
+IMAGES, MORE_IMAGES, TEST_IMAGES = 150, 15, 100
 """Samples a class: that train, that are for validation, and of the test."""
 
 SETTINGS: Mapping[str, tuple[Setting, int]] = {
@@ -128,7 +129,8 @@ def transition(
     model: nn.Module, data: Data, known: list[int], classes: list[int], rate: float, more: int, head: Head, seed: int
 ) -> Table:
     """The advice beside the search; the model ends at what was advised."""
-    read, kept = in_two(data.test, data.test_labels, known, max(1, OLD // len(known)), "old")
+    each = round(READ * int((data.test_labels == known[0]).sum()))
+    read, kept = in_two(data.test, data.test_labels, known, each, "old")
     validation, new = in_two(data.train, data.train_labels, classes, more, "new")
     test = seen_from(data.test, data.test_labels, classes, "test")
     training = replace(training_on(new, classes, seed, EPOCHS), learning_rate=rate)

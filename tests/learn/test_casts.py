@@ -1,4 +1,4 @@
-"""One cast of each frozen weight a step: the same numbers, fewer casts, nothing stale."""
+"""One cast of each frozen weight a step, and of what several layers read: the same numbers, nothing stale."""
 
 from types import SimpleNamespace
 
@@ -12,15 +12,15 @@ from forgetcast.learn.step import precision_of
 
 
 class Casts(TorchDispatchMode):
-    """Counts casts of matrices to bfloat16."""
+    """Counts casts of matrices of a shape to bfloat16."""
 
-    def __init__(self):
+    def __init__(self, *shape: int):
         super().__init__()
-        self.count = 0
+        self.count, self.shape = 0, shape or (12, 12)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         found = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten._to_copy.default and found.ndim == 2 and found.shape == (12, 12):
+        if func is torch.ops.aten._to_copy.default and found.shape == self.shape:
             self.count += found.dtype == torch.bfloat16
         return found
 
@@ -100,3 +100,45 @@ def test_a_step_in_bfloat16_casts_once():
         model(torch.ones(2, 12))
         model(torch.ones(2, 12))
     assert casts.count == 3
+
+
+def three(mode, x: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor, int]:
+    """What three layers give that read the same, and its gradient; and the casts of what they read."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(12, 6).requires_grad_(False) for _ in range(3)]
+    hidden = x.clone().requires_grad_() * 1.0
+    hidden.retain_grad()
+    with Casts(5, 12) as casts, torch.autocast("cpu", torch.bfloat16), mode:
+        found = [layer(hidden) for layer in layers]
+        sum(each.float().square().sum() for each in found).backward()
+    return [each.detach() for each in found], hidden.grad, casts.count
+
+
+def test_what_three_layers_read_is_cast_once():
+    x = torch.randn(5, 12, generator=torch.Generator().manual_seed(1))
+    plain, gradient, often = three(torch.enable_grad(), x)
+    once, summed, seldom = three(CastOnce(), x)
+    assert (often, seldom) == (3, 1)
+    assert all(torch.equal(one, other) for one, other in zip(once, plain, strict=True))
+    assert (summed - gradient).norm() < 0.01 * gradient.norm()
+
+
+def test_a_cast_without_a_graph_is_not_read_with_one():
+    x = torch.randn(5, 12, requires_grad=True)
+    layer, mode = nn.Linear(12, 6), CastOnce()
+    with torch.autocast("cpu", torch.bfloat16), mode:
+        with torch.no_grad():
+            layer(x)
+        layer(x).float().sum().backward()
+        assert mode.read is not None
+    assert float(x.grad.norm()) > 0
+    assert mode.read is None  # nor held longer than needed
+
+
+def test_an_activation_that_is_changed_is_cast_again():
+    x, layer = torch.ones(5, 12), nn.Linear(12, 6)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad(), CastOnce():
+        first = layer(x)
+        x.mul_(2.0)
+        second = layer(x)
+    assert not torch.equal(first, second)

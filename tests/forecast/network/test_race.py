@@ -191,7 +191,8 @@ def test_what_is_counted_is_what_is_done(rate, max_drop, samples):
     assert 0.85 * told - SURVEY <= done <= told + SURVEY
     assert advice.share <= budget
     more = [point.old_samples - FIRST_OLD for point in advice.points if point.candidate.name != "head" and point.length]
-    left = RACE_SHARE * budget * steps * batch - FORWARD * sum(more)
+    readings = FORWARD * (2 * advice.new_samples + FIRST_OLD)  # of two lengths that move; one old reading is shared
+    left = RACE_SHARE * (budget * steps * batch - readings) - FORWARD * sum(more)
     assert left >= 0
     base = {
         point.candidate.name: point.share_of_run - FORWARD * (point.old_samples - FIRST_OLD) / (steps * batch)

@@ -26,9 +26,10 @@ from forgetcast.tangent.features import check_labels
 LEAST_NEW = 32
 NEW_SHARE = 1 / 6
 READING_SHARE = 1 / 2
-RACE_SHARE = 1 / 4
-"""Of a candidate's budget: what reading new samples may take, if there are enough of them; what all readings may; and
-what telling the best points apart may (`race`)."""
+"""Of a candidate's budget: what reading new samples may take, if there are enough of them, and what all readings that
+every point takes may."""
+RACE_SHARE = 1 / 2
+"""Of what these leave: what telling the best points apart may take (`race`)."""
 FIRST_OLD = 128
 """Old samples that every forecast and every point is read on."""
 
@@ -63,8 +64,7 @@ class Judge:
         """
         if self.budget >= 1 or not self.run or not net.body:
             return self.budget
-        count = self._moving()
-        readings = FORWARD * (len(self.new) * count + self.first * (count - (1.0 in self.lengths)))
+        readings = self._readings()
         if readings > READING_SHARE * self.budget * self.run:
             raise complaint(
                 f"budget={self.budget:g} with {len(self.lengths)} lengths at which {self.first} old and "
@@ -79,7 +79,12 @@ class Judge:
         if self.budget >= 1 or not net.body:
             return 0.0
         most = FORWARD * (len(self.old) - self.first) * self._moving()
-        return min(RACE_SHARE * self.budget * self.run, most)
+        return min(RACE_SHARE * max(self.budget * self.run - self._readings(), 0.0), most)
+
+    def _readings(self) -> float:
+        """What reading all lengths of a candidate on the new and the first old samples takes."""
+        count = self._moving()
+        return FORWARD * (len(self.new) * count + self.first * (count - (1.0 in self.lengths)))
 
     def _moving(self) -> int:
         return len(self.lengths) - (0.0 in self.lengths)
