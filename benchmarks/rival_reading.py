@@ -136,7 +136,7 @@ def foreseen(result: Table) -> list[str]:
         head = f"| {title} | rows | transitions | mean tau | pairs in order | p |"
         parts.append("\n".join([head, rule(head), *filter(None, lines)]))
     for found in sets.values():
-        parts += [f"### {found['title'].partition(':')[0]}", _drops(found), _unsupported(found)]
+        parts += [f"### {found['title'].partition(':')[0]}", _drops(found), _wrong_by(found), _unsupported(found)]
     return parts
 
 
@@ -177,6 +177,19 @@ def _drops(found: Table) -> str:
         left = "; ".join(text.partition(" of ")[0].removeprefix("the protection ") for text in runs[0]["left_out"])
         lines.append(f"| {' | '.join([label, *cells, left])} |")
     return "\n".join([head, rule(head), *lines])
+
+
+def _wrong_by(found: Table) -> str:
+    """How far off forecasts are, those called to be trusted and the others, of the rows that they follow."""
+    every = [run for runs in found["forecasts"].values() for run in runs.values() if not run.get("left_out")]
+    steps = [one for run in every for one in run.get("transitions", ())]
+    told = []
+    for name, trusted in (("to be trusted", True), ("not to be trusted", False)):
+        gaps = [100 * (one["forecast"] - one["measured"]) for one in steps if one["trusted"] is trusted]
+        if gaps:
+            wrong, lean = fmean(map(abs, gaps)), fmean(gaps)
+            told.append(f"{len(gaps)} called {name} are off by {wrong:.1f} points on average ({lean:+.1f} with sign)")
+    return f"Of the forecasts of rows that they follow, {'; '.join(told)}." if told else ""
 
 
 def _unsupported(found: Table) -> str:
