@@ -87,7 +87,10 @@ def test_joint_rows_are_those_fitted_to_both_tasks_and_the_loss_is_over_the_clas
     logits = head(net.features(second[0]))[:, 1:]
     loss = cross_entropy(logits, torch.searchsorted(torch.tensor([3, 4, 7]), second[1]))
     dense = torch.autograd.grad(loss, list(net.backbone.parameters()))
-    torch.testing.assert_close(torch.cat(list(found.values())), torch.cat([part.flatten() for part in dense]))
+    asked, truth = torch.cat(list(found.values())), torch.cat([part.flatten() for part in dense])
+    assert (asked - truth).norm() < 0.05 * truth.norm()  # where a fit in float32 ends hangs on the machine's rounding
+    alone = torch.cat(list(task_gradient(net, *second, modules(net)).values()))
+    assert (alone - truth).norm() > 0.3 * truth.norm()
 
 
 @pytest.mark.parametrize("seed", range(6))

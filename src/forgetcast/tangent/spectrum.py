@@ -147,7 +147,11 @@ def product_type(features: Features) -> torch.dtype:
 
 
 def _noise_floor(values: Tensor, kind: torch.dtype) -> float:
-    return float(values[0]) * torch.finfo(kind if kind == torch.float64 else torch.float32).eps if len(values) else 0.0
+    """Rounding of the products, and that of the factorisation in float64: n eps of the largest, as for matrix ranks."""
+    if not len(values):
+        return 0.0
+    products = torch.finfo(kind if kind == torch.float64 else torch.float32).eps
+    return float(values[0]) * max(products, len(values) * torch.finfo(torch.float64).eps)
 
 
 @dataclass(frozen=True, eq=False)
