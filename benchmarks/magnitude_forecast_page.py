@@ -28,8 +28,8 @@ Two ways: *as_is*, the advice finds the rows placed, and what it forecasts of th
 is learnt from its few samples; *placed*, it places them itself (`head="placed"`), which takes one pass over the new
 samples that the trainings need as well, and follows the head on the features of all of them. Sets of modules are
 followed along the anchors of the largest. How many anchors are in use together (32) was set on the first transition of
-the ViT at rate 0.003 and seed 0. Other budgets than {budget:g} were tried on the same transitions; docs/advise.md tells
-what became of them.
+the ViT at rate 0.003 and seed 0. Other budgets than {budget:g}, and how much of it telling
+close choices apart may take, were tried on the same transitions of the ViT; docs/advise.md tells what became of them.
 
 *Lost*: score of the search's best minus that of the advised choice. *Spread*: of its worst. *Best fixed*: the one
 choice that is best on average over all transitions of a setting, found afterwards. *Cost*: passes of the advice, all

@@ -171,6 +171,8 @@ def hash_of(weights: nn.Module, **samples: Tensor) -> str:
 def cached_images(folder: Path) -> Cached:
     """The first images of each class of CIFAR-100."""
     load = shared(folder)
+    from deit_tiny import deit_tiny
+
     kept, answers = [], []
     for name, each in (("train", IMAGES_A_CLASS), ("test", TEST_IMAGES_A_CLASS)):
         images, labels = load.cifar100(name)
@@ -178,8 +180,6 @@ def cached_images(folder: Path) -> Cached:
         kept.append(images[places])
         answers.append(labels[places])
     images, labels = np.concatenate(kept), torch.from_numpy(np.concatenate(answers))
-    from deit_tiny import deit_tiny
-
     given = hash_of(deit_tiny(), images=torch.from_numpy(images), labels=labels)
     return Cached(lower_images(folder, images), labels, torch.arange(len(answers[0]), len(labels)), None, given)
 

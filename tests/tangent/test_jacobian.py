@@ -237,6 +237,34 @@ def test_samples_that_depend_on_each_other_are_refused(layer, match, place):
         jacobian(model, torch.randn(5, 4), trainable(model))
 
 
+class Rounded(nn.Module):
+    """Outputs that add up to what rounding leaves, which hangs on the size of the batch."""
+
+    def __init__(self, wrapped):
+        super().__init__()
+        self.layer, self.wrapped = nn.Linear(4, 1), wrapped
+
+    def forward(self, x):
+        one = self.layer(x)
+        both = torch.cat([one, 1e-7 * len(x) - one], 1).double()
+        return self.wrapped(both)
+
+
+@pytest.mark.parametrize(
+    "wrapped", [lambda y: y, lambda y: {"logits": y}, lambda y: (y,)], ids=["as is", "named", "one"]
+)
+def test_outputs_that_cancel_are_no_dependence_between_samples(wrapped):
+    model = Rounded(wrapped)
+
+    def total(found):
+        while not isinstance(found, torch.Tensor):
+            found = found["logits"] if isinstance(found, dict) else found[0]
+        return found.sum(1, keepdim=True).float()
+
+    found = jacobian(model, torch.randn(5, 4), trainable(model), total)
+    assert float(found.abs().max()) == 0
+
+
 def test_inputs_that_are_overwritten_after_use_are_refused():
     """Autograd would refuse to train such a model, too."""
 

@@ -62,6 +62,15 @@ def test_primal_equals_dual(rows, width, rank):
     close(dual.vectors.T @ dual.vectors, torch.eye(dual.vectors.shape[1]).double(), 1e-11)
 
 
+@pytest.mark.parametrize(("size", "rank"), [(3, 2), (30, 1)])
+def test_the_factorisation_rounds_by_the_size_of_the_matrix(size, rank):
+    values = torch.zeros(size, dtype=torch.float64)
+    values[:2] = torch.tensor([1.0, 10 * torch.finfo(torch.float64).eps])
+    assert spectrum_of_gram(torch.diag(values), torch.float64).rank == rank
+    single = spectrum_of_gram(torch.diag(values), torch.float32)
+    assert single.floor == torch.finfo(torch.float32).eps  # the products' own rounding is the larger
+
+
 def test_the_smaller_form_is_taken():
     assert not spectrum_of(fc.Features(features(5, 9)), 10).complete
     assert spectrum_of(fc.Features(features(15, 9)), 10).complete

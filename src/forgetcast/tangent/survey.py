@@ -272,10 +272,8 @@ def _require_independent(model: nn.Module, inputs: Any, values: Tensor, heads: H
         found = called(model, at(inputs, slice(0, 1)))
         alone, together = heads(found, slice(0, 1))[0], values[0]
         change, eps = float((alone - together).norm()), torch.finfo(values.dtype).eps
-        size = (
-            float(found.norm()) if isinstance(found, Tensor) else 0.0
-        )  # outputs may cancel in what heads make of them
-        if change > eps**0.25 * float(together.norm()) + eps**0.5 * size:
+        # outputs may cancel each other in what heads make of them: what is left is rounding
+        if change > eps**0.25 * float(together.norm()) + eps**0.5 * _size_of_outputs(found):
             raise complaint(
                 f"a model whose outputs for a sample change by {change:.3g} when the sample comes alone",
                 "outputs of a sample that do not depend on the other samples of its batch",
@@ -300,3 +298,9 @@ class _Memory:
     @staticmethod
     def unpack(tensor: Tensor) -> Tensor:
         return tensor
+
+
+def _size_of_outputs(found: Any) -> float:
+    """Norm of the largest tensor among a model's outputs."""
+    parts = found.values() if isinstance(found, Mapping) else found if isinstance(found, tuple) else (found,)
+    return max((float(part.norm()) for part in parts if isinstance(part, Tensor)), default=0.0)
