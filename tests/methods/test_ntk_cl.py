@@ -7,6 +7,7 @@ import pytest
 import torch
 from digit_tasks import task_of
 from small import stream
+from torch.nn.functional import normalize
 from tuned import Transformer
 
 from forgetcast.learn.loop import learn
@@ -21,7 +22,7 @@ from forgetcast.tangent.blocks import TaskKernels
 
 WIDTH = 20
 OPTIMIZATION = Optimization("sgd", learning_rate=0.05, epochs=3, batch_size=32, momentum=0.9)
-PARTS = ("prompts", "fusion", "contrast", "orthogonality", "averaging")
+PARTS = ("prompts", "fusion", "contrast", "orthogonality", "averaging", "proxies", "prototypes")
 
 
 def method(**options) -> NTKCL:
@@ -158,6 +159,69 @@ def test_orthogonality_takes_energy_out_of_the_kernel_between_tasks():
     assert change[:, 1].mean() < -0.1
 
 
+def fused(made: NTKCL, task: TaskData) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.no_grad(), evaluating(made.model):
+        parts = [(made.model.features(batch.inputs), batch.labels) for batch in task.batches()]
+    features, labels = (torch.cat(some) for some in zip(*parts, strict=True))
+    return features, labels
+
+
+def test_proxies_start_at_the_class_means_of_the_features_as_they_are():
+    made = method(tasks=None)
+    learn(made, stream(), OPTIMIZATION, seed=2, until=1)
+    task = task_of(1)
+    features, labels = fused(made, task)
+    made.begin_task(task)
+    means = torch.stack([features[labels == output].double().mean(0) for output in task.classes])
+    torch.testing.assert_close(made.network.proxy.weight.double(), normalize(means), atol=1e-6, rtol=0)
+    assert made.network.proxy.scale.item() == 20.0
+    assert made.network.proxy.weight.requires_grad
+    plain = method(tasks=None, ways={"proxies": "released"})
+    learn(plain, stream(), OPTIMIZATION, seed=2, until=1)
+    plain.begin_task(task)
+    assert plain.network.proxy.scale.item() == 1.0
+    bound = plain.network.proxy.weight.shape[1] ** -0.5
+    assert 0.9 * bound < plain.network.proxy.weight.abs().max() <= bound
+    chosen = method(proxy_scale=7.0)
+    chosen.begin_task(task)
+    assert chosen.network.proxy.scale.item() == 7.0
+
+
+def test_a_class_without_a_sample_has_a_proxy_with_a_direction():
+    task = task_of(0)
+
+    def batches():
+        for batch in task.batches():
+            own = batch.labels == task.classes[0]
+            yield Batch(batch.inputs[own], batch.labels[own], batch.indices[own])
+
+    made = method()
+    made.begin_task(replace(task, batches=batches))
+    assert made.network.proxy.weight.norm(dim=1).min() > 0.1
+    made.loss(next(batches())).backward()
+    assert all(value.grad.isfinite().all() for value in made.model.parameters() if value.requires_grad)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize("seed", range(3))
+def test_old_means_follow_the_drift(seed):
+    """What they miss of the means of old samples now, beside what they miss where they stay: the same network."""
+    found = []
+    for way in ("corrected", "released"):
+        torch.manual_seed(seed)
+        made = NTKCL(Transformer(WIDTH), WIDTH, prompts=2, rank=16, dropout=0.0, ways={"prototypes": way})
+        learn(made, stream(), OPTIMIZATION, seed=seed, until=2)
+        features, labels = fused(made, task_of(0))
+        means = made.model.head.means
+        found.append([features[labels == c].double().mean(0) - means[c] for c in task_of(0).classes])
+        found[-1] = torch.stack(found[-1]).norm()
+        assert made.began is None
+        new, own = fused(made, task_of(1))
+        for c in task_of(1).classes:
+            torch.testing.assert_close(means[c], new[own == c].double().mean(0))
+    assert found[0] < 0.8 * found[1]
+
+
 def test_tasks_of_unequal_sizes():
     source = stream().source
     kept = (source.labels < 5).nonzero()[0]
@@ -225,6 +289,8 @@ def test_batches_without_a_pair_are_counted():
         ({"contrast": -1.0}, "contrast"),
         ({"orthogonality": float("nan")}, "orthogonality"),
         ({"drift": -1.0}, "drift"),
+        ({"proxy_scale": 0.0}, "proxy_scale"),
+        ({"bandwidth": 0.0}, "bandwidth"),
         ({"section_weights": (1.0, 1.0, 1.0)}, "section"),
     ],
 )

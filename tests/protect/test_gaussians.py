@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from forgetcast.heads.cosine import Cosine
 from forgetcast.heads.linear import Linear
-from forgetcast.protect.gaussians import Alignment, Gaussians, shifts
+from forgetcast.protect.gaussians import Alignment, Gaussians, section_shifts, shifts
 
 DOUBLE = torch.float64
 seeds = st.integers(0, 10**6)
@@ -48,6 +48,26 @@ def test_a_translation_of_all_features_is_found_exactly(seed, bandwidth, floor, 
     found = shifts(means, before, before + along, bandwidth, floor)
     torch.testing.assert_close(found, along.expand(3, 4), atol=1e-12, rtol=1e-12)
     assert not shifts(means, before, before, bandwidth, floor).any()
+
+
+@given(seeds, st.sampled_from([1, 2, 3]), st.floats(0.3, 3.0), st.floats(1e-3, 1e3))
+def test_sections_move_each_by_itself_in_their_own_units(seed, sections, bandwidth, unit):
+    means, before, after = drawn(seed, 3, 6), drawn(seed + 1, 5, 6), drawn(seed + 2, 5, 6)
+    found = section_shifts(means, before, after, sections, bandwidth)
+    parts = [tuple(given.chunk(sections, 1)[k] for given in (means, before, after)) for k in range(sections)]
+    widths = [float(torch.stack([(a - b).norm() for a in mean for b in was]).median()) for mean, was, _ in parts]
+    expected = [shifts(*part, bandwidth * width) for part, width in zip(parts, widths, strict=True)]
+    torch.testing.assert_close(found, torch.cat(expected, 1))
+    scale = torch.ones(6, dtype=DOUBLE)
+    scale[: 6 // sections] = unit
+    scaled = section_shifts(*(given * scale for given in (means, before, after)), sections, bandwidth)
+    torch.testing.assert_close(scaled, found * scale)
+
+
+def test_means_without_any_distance_from_the_samples_move_as_these_do():
+    at, along = torch.ones(3, 4, dtype=DOUBLE), drawn(0, 4)
+    torch.testing.assert_close(section_shifts(at, at, at + along, 2), along.expand(3, 4))
+    assert section_shifts(at[:0], at, at + along, 2).shape == (0, 4)
 
 
 def test_far_from_all_samples_a_mean_moves_as_the_nearest_or_with_a_floor_as_all():
@@ -164,6 +184,9 @@ def test_alignment_takes_the_steps_that_it_says():
         (lambda x: shifts(x, x[:0], x[:0], 1.0), "at least one"),
         (lambda x: shifts(x, x * torch.nan, x, 1.0), "features before"),
         (lambda x: shifts(x, x, x / 0, 1.0), "features after"),
+        (lambda x: section_shifts(x, x, x, 2, -1.0), "bandwidth=-1.0"),
+        (lambda x: section_shifts(x, x, x[:1], 2), "those of the same samples"),
+        (lambda x: section_shifts(x, x[:0], x[:0], 2), "at least one"),
         (lambda _: Gaussians(jitter=0.0), "jitter=0.0"),
         (lambda _: Alignment(-1.0), "rate=-1.0"),
         (lambda _: Alignment(1.0, epochs=-1), "epochs=-1"),

@@ -1,11 +1,11 @@
 """The nearest class mean."""
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from forgetcast.checks import require_choice
+from forgetcast.checks import complaint, require_choice, require_finite
 from forgetcast.heads.base import StreamedHead
 
 
@@ -38,6 +38,24 @@ class Prototype(StreamedHead):
     def means(self) -> Float[Tensor, "C d"]:
         """Class means (C, d); zero for an output without a sample."""
         return self.sums / self.counts.clamp_min(1)[:, None]
+
+    def move(self, which: Bool[Tensor, " C"], moves: Float[Tensor, "m d"]) -> None:
+        """Add to the means of some classes, as if each of their samples had moved by as much.
+
+        Args:
+            which: the m classes.
+            moves: (m, d), one row for each.
+
+        Raises:
+            ValueError: moves of another shape, or not finite.
+        """
+        expected = (int(which.sum()), self.width)
+        if tuple(moves.shape) != expected:
+            raise complaint(
+                f"moves of shape {tuple(moves.shape)}", f"{expected}: a row a class", "Give one move for each class."
+            )
+        require_finite("moves", moves)
+        self.sums[which] += self.counts[which, None] * moves.to(self.sums)
 
     def absorb(self, phi: Float[Tensor, "n d"], labels: Int[Tensor, " n"]) -> None:
         """Add to the class sums."""

@@ -1,9 +1,10 @@
 r"""NTK-CL: three features of each sample, running means of what made them, and a classifier of class means by section.
 
     features     z_a adapters, z_p prompts, z_f both fused; each [pretrained (optional), averaged, current] wide
+    before it    proxies w_c of the task's classes at their means of z_f as it is
     loss         CE(z_a) + CE(z_p) + CE(z_f) over the task's classes, of sigma cos(z, w_c); sigma and w_c anew each task
                  + contrast L_c(z_f) + orthogonality L_o(z_a, z_p) + drift sum |W - W_before|^2
-    after it     the running mean takes the current parts in; class means of z_f
+    after it     the running mean takes the current parts in; old means of z_f follow the drift; means of new classes
     answer       argmax_c sum_s m_s cos(z_{f,s}, mean_{c,s})
 
 The recipe "released" does what the authors' code does, the recipe "corrected" what the paper says; each way can be
@@ -18,15 +19,18 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, normalize
 
 from forgetcast.checks import complaint, require_choice, require_integer, require_number
 from forgetcast.heads.cosine import Cosine, proxies
 from forgetcast.heads.fusion import OneToken, SectionAttention
+from forgetcast.heads.prototype import Prototype
 from forgetcast.heads.sectioned import Sectioned
 from forgetcast.methods.base import Batch, Method, Model, State, TaskData, places_among
 from forgetcast.modes import evaluating
 from forgetcast.protect.contrast import pooled_infonce, supervised_infonce
+from forgetcast.protect.gaussians import section_shifts
+from forgetcast.protect.memory import task_features
 from forgetcast.protect.orthogonal import leading_basis, old_basis, overlap, signed_complement
 from forgetcast.protect.processes import of_whole_batch, own_rows
 from forgetcast.tuners.adapter import Bottleneck
@@ -49,6 +53,8 @@ class Ways:
         contrast: pulls a class together and away from old means, or pushes it apart.
         orthogonality: falls with the energy in the span of old means, or with the signed sum of what is outside.
         averaging: averaged adapters without dropout and the last task in the mean, or with it and without the task.
+        proxies: at first the class means of the features as they are, or random directions that features are drawn to.
+        prototypes: old class means follow the drift of the features, or stay.
     """
 
     prompts: Way = "corrected"
@@ -56,6 +62,8 @@ class Ways:
     contrast: Way = "corrected"
     orthogonality: Way = "corrected"
     averaging: Way = "corrected"
+    proxies: Way = "corrected"
+    prototypes: Way = "corrected"
 
     def __post_init__(self) -> None:
         for one in fields(self):
@@ -92,10 +100,12 @@ class Network(nn.Module):
         self.sections, self.fusion = sections.to(device), fusion.to(device)
         self.train(self.training)
 
-    def propose(self, classes: int) -> None:
+    def propose(self, classes: int, scale: float) -> Cosine:
         """New proxies for the classes of a task."""
         assert self.sections is not None
         self.proxy = proxies(self.sections.count * self.sections.width, classes, next(self.sections.parameters()))
+        self.proxy.scale.data.fill_(scale)
+        return self.proxy
 
     def forward(self, inputs: Tensor) -> Float[Tensor, "n D"]:
         """The fused feature (n, S d)."""
@@ -128,13 +138,20 @@ class NTKCL(Method):
         contrast: weight of its term.
         orthogonality: weight of its term; by default 1e-4 for the released form, 0.1 for the corrected one.
         drift: weight of its term.
+        proxy_scale: sigma at the start of a task; by default 1 for the released proxies, 20 for the corrected ones.
+        bandwidth: how far old means look for samples that tell where they went, `section_shifts`.
         decay: of an exponential running mean; None for the uniform one.
         tasks: how many there will be, so that released averaging can leave out the last.
         parts: where the blocks are; found by name.
         seed: of which old means released contrast draws.
 
-    Cost: a step makes two passes forward and backward and two forward, one more with `pretrained`. Memory: the parts
-    three times (current, averaged, before), S d numbers a class.
+    Attributes:
+        began: features of the task's samples when it began, while old means are to be moved by them.
+        skipped: batches without a pair for the contrast.
+
+    Cost: a step makes two passes forward and backward and two forward, one more with `pretrained`; a task begins and
+    ends with its features. Memory: the parts three times (current, averaged, before), S d numbers a class, and in a
+    task S d numbers a sample.
 
     Source: arXiv 2407.17120.
     """
@@ -158,6 +175,8 @@ class NTKCL(Method):
         contrast: float = 0.2,
         orthogonality: float | None = None,
         drift: float = 1e-3,
+        proxy_scale: float | None = None,
+        bandwidth: float = 1.0,
         decay: float | None = None,
         tasks: int | None = None,
         parts: Anatomy | None = None,
@@ -171,6 +190,9 @@ class NTKCL(Method):
         for name, value in (("contrast", contrast), ("orthogonality", orthogonality), ("drift", drift)):
             if value is not None:
                 require_number(name, value)
+        require_number("bandwidth", bandwidth, strict=True)
+        if proxy_scale is not None:
+            require_number("proxy_scale", proxy_scale, strict=True)
         known = {one.name for one in fields(Ways)}
         for name in ways or {}:
             require_choice("a part of ways", name, sorted(known))
@@ -190,12 +212,14 @@ class NTKCL(Method):
         corrected = self.ways.orthogonality == "corrected"
         self.contrast, self.drift = contrast, drift
         self.orthogonality = (0.1 if corrected else 1e-4) if orthogonality is None else orthogonality
-        self.decay, self.tasks = decay, tasks
+        self.proxy_scale = (20.0 if self.ways.proxies == "corrected" else 1.0) if proxy_scale is None else proxy_scale
+        self.bandwidth, self.decay, self.tasks = bandwidth, decay, tasks
         self.generator = torch.Generator().manual_seed(seed)
         self.before: dict[str, Tensor] = {}
         self.old: tuple[int, ...] = ()
         self.means = torch.zeros(0, width * len(weights))
         self.basis: Tensor | None = None
+        self.began: Tensor | None = None
         self.skipped = 0
         super().__init__(Model(Network(backbone, parts, self._made), Sectioned(width * len(weights), weights=weights)))
 
@@ -222,7 +246,16 @@ class NTKCL(Method):
                 alone = reads_first_token_alone(backbone, parts, inputs)
             self.network.build(tokens_of(backbone, parts, inputs), alone)
         super().begin_task(task)
-        self.network.propose(len(task.classes))
+        proxy = self.network.propose(len(task.classes), self.proxy_scale)
+        known = bool(self.head.counts.any())
+        if self.ways.proxies == "corrected" or (self.ways.prototypes == "corrected" and known):
+            features, labels = task_features(self.model, task)
+            self.began = features if self.ways.prototypes == "corrected" and known else None
+            if self.ways.proxies == "corrected":
+                means = Prototype(features.shape[1], len(self.classes)).to(features.device)
+                means.observe(features, places_among(self.classes, labels))
+                there = means.counts > 0
+                proxy.weight.data[there] = normalize(means.means[there]).to(proxy.weight)
         self._compare([output for output in task.seen if output not in task.classes])
         self.before = self.before or self._copied()
 
@@ -247,14 +280,18 @@ class NTKCL(Method):
         )
 
     def end_task(self, task: TaskData) -> None:
-        """Running means, then class means of the fused feature."""
+        """Running means, then class means of the fused feature: old ones where they went, and new ones."""
         sections = self.network.sections
         assert sections is not None
         if self.ways.averaging == "corrected" or task.index + 1 < (self.tasks or 0):
             sections.fold(task.index, self.decay)
-        with torch.no_grad(), evaluating(self.model):
-            for batch in task.batches():
-                self.head.observe(self.model.features(batch.inputs), batch.labels)
+        features, labels = task_features(self.model, task)
+        if self.began is not None:
+            known = self.head.counts > 0
+            moves = section_shifts(self.head.means[known], self.began, features, sections.count, self.bandwidth)
+            self.head.move(known, moves)
+            self.began = None
+        self.head.observe(features, labels)
         self.head.solve()
         self.before = self._copied()
         super().end_task(task)
@@ -271,6 +308,7 @@ class NTKCL(Method):
             "tokens": network.tokens,
             "first_token": network.first_token,
             "proxies": 0 if network.proxy is None else len(network.proxy.weight),
+            "began": {} if self.began is None else {"features": self.began},
             "before": dict(self.before),
             "old": list(self.old),
             "skipped": self.skipped,
@@ -282,9 +320,10 @@ class NTKCL(Method):
         """Take over what `state_dict` gave."""
         if state["tokens"]:
             self.network.build(state["tokens"], state["first_token"])
-            self.network.propose(state["proxies"])
+            self.network.propose(state["proxies"], self.proxy_scale)
         super().load_state_dict(state)
         self.before, self.skipped = dict(state["before"]), state["skipped"]
+        self.began = state["began"].get("features")
         self.generator.set_state(state["generator"].cpu())
         self._compare(state["old"])
 

@@ -123,6 +123,34 @@ def shifts(
     return weights @ (after.double() - phi)
 
 
+def section_shifts(
+    means: Float[Tensor, "C D"],
+    before: Float[Tensor, "n D"],
+    after: Float[Tensor, "m D"],
+    sections: int,
+    bandwidth: float = 1.0,
+) -> Float[Tensor, "C D"]:
+    """`shifts` of each section of the features by itself, at a bandwidth in units of its own distances.
+
+    Args:
+        means: of classes.
+        before: features of some samples before a training, D = sections times d wide.
+        after: of the same samples after it, in the same order.
+        sections: how many lie side by side.
+        bandwidth: sigma of a section over the median distance there between a mean and a sample. Where the samples
+            are far from all means, as in d = 192 dimensions, all count nearly alike at 1.
+
+    Raises:
+        ValueError: as `shifts`.
+    """
+    require_number("bandwidth", bandwidth, strict=True)
+    found = []
+    for mean, was, now in zip(*(part.chunk(sections, 1) for part in (means, before, after)), strict=True):
+        distance = torch.cdist(mean.double(), was.double()).median().item() if len(was) and len(mean) else 0.0
+        found.append(shifts(mean, was, now, bandwidth * distance or 1.0))
+    return torch.cat(found, 1)
+
+
 @dataclass(frozen=True)
 class Alignment:
     """How a head is trained on drawn features: SGD with momentum 0.9 and weight decay 5e-4, a cosine over the epochs.
