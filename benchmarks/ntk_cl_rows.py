@@ -2,19 +2,27 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from benchmarks.projection_settings import SETTINGS
+from benchmarks.projection_settings import FIRST_IMAGE_BLOCK, IMAGES_A_CLASS, SETTINGS, cached_images
 from forgetcast.learn.optimizer import Optimization
 from forgetcast.methods.base import Method
 from forgetcast.methods.registry import create, takes_steps
 from forgetcast.tuners.adapter import Adapter
 from forgetcast.tuners.lora import LoRA
 
-SETTING = SETTINGS["vit"]
+TEST_IMAGES_A_CLASS = 20
+SETTING = replace(
+    SETTINGS["vit"],
+    title=f"ViT-Tiny at 112 px, its last {12 - FIRST_IMAGE_BLOCK} of 12 blocks tuned; CIFAR-100, 10 tasks of 10 "
+    f"classes, {IMAGES_A_CLASS} training and {TEST_IMAGES_A_CLASS} test images a class, drawn at random",
+    cached=partial(cached_images, test=TEST_IMAGES_A_CLASS, drawn=True),
+)
+"""Drawn, as images stand in the order of likeness: the first ones of training and test are of the same few kinds."""
 TUNERS: Mapping[str, Any] = {
     "adapter": Adapter(rank=16, activation="relu", scale=0.1, bias=True),
     "lora": LoRA(rank=4, targets=("query", "value")),
@@ -24,8 +32,8 @@ SGD = Optimization(
 )
 """As the paper trains CIFAR-100, but for the number of epochs (20 there)."""
 ADAMW = Optimization(epochs=2, batch_size=16)
-SGD_RATES, ADAMW_RATES = (0.003, 0.01, 0.025, 0.1), (1e-4, 3e-4, 1e-3, 3e-3)
-PARTS = ("prompts", "fusion", "contrast", "orthogonality", "averaging")
+SGD_RATES, ADAMW_RATES = (0.003, 0.01, 0.025, 0.1), (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+PARTS = ("prompts", "fusion", "contrast", "orthogonality", "averaging", "proxies", "prototypes")
 TERMS = ("contrast", "orthogonality", "drift")
 
 
@@ -73,7 +81,7 @@ class Row:
 
 def ntk_cl(label: str, tuned_with: str | None = None, **options: Any) -> Row:
     """NTK-CL in one of its ways."""
-    return Row(label, "ntk_cl", {"tasks": 10, "contrast": 0.03, **options}, None, SGD, SGD_RATES, tuned_with)
+    return Row(label, "ntk_cl", {"tasks": 10, "contrast": 0.03, **options}, tuned_with=tuned_with)
 
 
 def closed(label: str, method: str, **options: Any) -> Row:
@@ -81,7 +89,12 @@ def closed(label: str, method: str, **options: Any) -> Row:
     return Row(label, method, options, rates=())
 
 
-OWN = (ntk_cl("corrected"), ntk_cl("released", recipe="released"))
+RELEASED = ntk_cl("released", recipe="released")
+OWN = (
+    ntk_cl("corrected"),
+    RELEASED,
+    replace(RELEASED, label="released, SGD", optimization=SGD, rates=SGD_RATES),
+)
 PARTLY = tuple(ntk_cl(f"corrected, {part} as released", "corrected", ways={part: "released"}) for part in PARTS)
 PRETRAINED = ntk_cl("corrected, with a pretrained section", "corrected", pretrained=True)
 WITHOUT = tuple(ntk_cl(f"corrected, no {term}", "corrected", **{term: 0.0}) for term in TERMS)
@@ -92,6 +105,6 @@ OTHERS = (
     Row("adapter", "sequential", {"loss_outputs": "task"}, "adapter"),
     Row("PEGP-LoRA", "pegp", {"loss_outputs": "task"}, "lora"),
     Row("InfLoRA", "inflora", {"tasks": 10, "energy": "sigma4"}),
-    Row("EASE", "ease", optimization=SGD, rates=SGD_RATES),
+    Row("EASE", "ease"),
 )
 ROWS: Sequence[Row] = (*OTHERS, *OWN, *PARTLY, *WITHOUT, PRETRAINED)

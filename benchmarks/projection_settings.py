@@ -168,15 +168,19 @@ def hash_of(weights: nn.Module, **samples: Tensor) -> str:
     return weights_hash({**weights.state_dict(), **samples})
 
 
-def cached_images(folder: Path) -> Cached:
-    """The first images of each class of CIFAR-100."""
+def cached_images(
+    folder: Path, train: int = IMAGES_A_CLASS, test: int = TEST_IMAGES_A_CLASS, *, drawn: bool = False
+) -> Cached:
+    """Images of each class of CIFAR-100: the first ones, or drawn at random, the same ones every time."""
     load = shared(folder)
     from deit_tiny import deit_tiny
 
     kept, answers = [], []
-    for name, each in (("train", IMAGES_A_CLASS), ("test", TEST_IMAGES_A_CLASS)):
+    order = np.random.default_rng(0)
+    for name, each in (("train", train), ("test", test)):
         images, labels = load.cifar100(name)
-        places = np.concatenate([np.flatnonzero(labels == label)[:each] for label in range(100)])
+        within = [np.flatnonzero(labels == label) for label in range(100)]
+        places = np.concatenate([(order.permutation(own) if drawn else own)[:each] for own in within])
         kept.append(images[places])
         answers.append(labels[places])
     images, labels = np.concatenate(kept), torch.from_numpy(np.concatenate(answers))

@@ -42,6 +42,21 @@ def test_streamed_means_are_joint_means(metric):
     np.testing.assert_allclose(head(test), expected, atol=1e-10)
 
 
+def test_moved_means_are_those_of_moved_samples():
+    phi, y, test = classes()
+    head = streamed(Prototype(WIDTH, OUTPUTS), phi, y)
+    which, moves = torch.tensor([True, False, True, False]), features(2, WIDTH, decay=0.0, seed=7)
+    head.move(which, moves)
+    by_class = torch.zeros(OUTPUTS, WIDTH, dtype=phi.dtype).index_put((which.nonzero()[:, 0],), moves.to(phi))
+    again = streamed(Prototype(WIDTH, OUTPUTS), phi + by_class[y], y)
+    np.testing.assert_allclose(head.means, again.means, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(head(test), again(test), rtol=1e-10)
+    for wrong, message in ((moves[:1], "moves of shape"), (moves[:, 1:], "a row a class"), (moves / 0, "moves")):
+        with pytest.raises(ValueError, match=message):
+            head.move(which, wrong)
+    np.testing.assert_allclose(head.means, again.means, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("shrinkage", [0.01, 0.3, 1.0])
 @pytest.mark.parametrize("offset", [0.0, 1e3])
 def test_streaming_discriminant_is_scikit_learns(shrinkage, offset):
