@@ -37,7 +37,10 @@ that this page needs took {minutes:.0f} minutes of one core.
   features. Rate and dropout are chosen on the same validation samples.
 - `joint` is the fair control: network, steps and batches of the gradient methods, on all samples so far.
 - Closed forms read features of the network as it is drawn (digits) or pretrained (CIFAR-100); `probe` and `spectral`
-  train a head on these."""
+  train a head on these.
+
+Of CIFAR-100 these are the first images of each class, and they stand in an order of likeness: class means of the
+features have 51.7 points on the first ones and 54.1 ± 0.2 on as many drawn at random."""
 
 Table = dict[str, Any]
 

@@ -38,6 +38,10 @@ tasks of seed {tuning_seed}, which is no seed of the table: of the linear head b
 then of each tuner by how well it learns, its accuracy on each newest task, that task told. Tried: {rates}. Projection
 has its defaults (threshold 0.95 of sigma^2, corrected conditions, steps); nothing of it was tuned.
 
+Of CIFAR-100 these are the first images of each class, and they stand in an order of likeness: class means of frozen
+features (at 224 px, 30 training and 10 test images a class) have 56.2 points on the first ones and 51.8 ± 1.8 on images
+drawn at random. Rows are compared on the same images; their levels are those of these images.
+
 Tuners: {tuners}."""
 
 LAST, FORGETTING = "last_accuracy", "first_minus_last"

@@ -22,7 +22,7 @@ Class-incremental, {tasks} tasks, all seen classes to choose from, seeds {seeds}
 order of samples, the same for all rows; the samples themselves are the same at every seed. All rows have the same
 pretrained model, frozen below its upper blocks, the same inputs (no augmentation), {epochs} epochs of batches of
 {batch} of each task, and the same number of rates to choose from: AdamW without decay {adamw}, SGD (momentum 0.9,
-decay 5e-4, cosine over epochs; EASE, MOS and NTK-CL, as in their papers) {sgd}. A rate is chosen by average accuracy on
+decay 5e-4, cosine over epochs; EASE and MOS, as in their papers) {sgd}. A rate is chosen by average accuracy on
 validation samples (a fifth of the training samples) of seed {tuning_seed}, which is no seed of the tables. Everything
 else is a paper's or this project's default and was not tuned, but for what short runs ask for: EWC with a sampled
 Fisher, 10 probes of the spectral regulariser, 10 epochs of MOS's alignment (its default is 30), a decay of 0.998 of
@@ -31,7 +31,11 @@ method leaves the choice, the tuner is an adapter, and the loss runs over the ta
 over all seen.
 
 These are small settings: a small model, few samples, few steps. What is published was measured with ViT-B/16, whole
-data sets and up to 20 epochs with augmentation."""
+data sets and up to 20 epochs with augmentation.
+
+Of CIFAR-100 the samples are the first images of each class, and they stand in an order of likeness: class means of
+frozen features (at 224 px, 30 training and 10 test images a class) have 56.2 points on the first ones and 51.8 ± 1.8 on
+images drawn at random. Rows are compared on the same images; their levels are those of these images."""
 
 ABOUT = """`average` is `average_accuracy` (mean over stages of the accuracy on all classes seen), `last` is
 `last_accuracy`, both in points, mean ± standard deviation over seeds. `trains` are parameters that train in the last

@@ -142,7 +142,6 @@ ROWS: Sequence[Row] = (
         "NTK-CL",
         "ntk_cl",
         {"contrast": 0.03},
-        optimization=SGD,
         absent={"minilm": "it asks for blocks that normalise before attention, and MiniLM's do so behind it"},
     ),
     Row("MOS", "mos", {"epochs": 10}, optimization=SGD),
