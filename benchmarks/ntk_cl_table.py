@@ -31,11 +31,12 @@ from forgetcast.learn.cost import stored_numbers
 from forgetcast.learn.loop import learn
 from forgetcast.learn.seeding import seed_everything
 from forgetcast.methods.base import Method
-from forgetcast.methods.ntk_cl import NTKCL, Network
+from forgetcast.methods.ntk_cl import NTKCL
 from forgetcast.metrics.matrix import all_metrics
 from forgetcast.modes import evaluating
 from forgetcast.streams.stream import Stream
 from forgetcast.tangent.blocks import TaskKernels
+from forgetcast.tuners.fused import FusedSections
 
 SEEDS = (0, 1, 2)
 TUNING_SEED = 100
@@ -95,7 +96,7 @@ def votes(method: Method, head: Sectioned, stream: Stream) -> dict[str, float]:
     return right
 
 
-def interplay(network: Network, stream: Stream) -> dict[str, dict[str, float]]:
+def interplay(network: FusedSections, stream: Stream) -> dict[str, dict[str, float]]:
     """Blocks between tasks of the kernel of each branch's current features, after the last task: mean square of their
     entries, and mean overlap."""
     inputs, last = torch.from_numpy(stream.source.inputs), slice(-SETTING.width, None)

@@ -106,6 +106,50 @@ def test_a_step_makes_two_passes_with_a_gradient_and_two_without(monkeypatch):
     assert bases == [0, 2]
 
 
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_what_stands_still_in_a_task_is_read_once_where_samples_are_not_augmented(pretrained):
+    """Loss and gradients are those of the passes that are left out; samples that are not the task's make them."""
+    made, passes = method(pretrained=pretrained), []
+    made.begin_task(task_of(0))
+    made.end_task(task_of(0))
+    task = task_of(1)
+    made.begin_task(replace(task, augmented=False))
+    made.network.sections.backbone.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    batch = list(task.batches())[1]
+    mixed = torch.randperm(len(batch.labels), generator=torch.Generator().manual_seed(0))
+    batch = Batch(batch.inputs[mixed], batch.labels[mixed], batch.indices[mixed])
+
+    def found() -> list[torch.Tensor]:
+        passes.clear()
+        made.model.zero_grad()
+        loss = made.loss(batch)
+        loss.backward()
+        return [loss.detach(), *(value.grad.clone() for value in made.model.parameters() if value.grad is not None)]
+
+    short = found()
+    assert passes == [True, True]
+    other = Batch(batch.inputs, batch.labels, batch.indices + 10**6)
+    made.loss(other)
+    assert passes.count(False) == 2 + pretrained
+    kept, made.began = made.began, {}
+    long = found()
+    assert sorted(passes) == [False] * (2 + pretrained) + [True] * 2
+    torch.testing.assert_close(short, long)
+    made.began = kept
+    state = made.state_dict()
+    again = method(pretrained=pretrained)
+    again.load_state_dict(state)
+    assert torch.equal(again.began["standing"], kept["standing"])
+    made.end_task(task)
+    assert made.began == {}
+    plain = method(pretrained=pretrained)
+    plain.begin_task(replace(task_of(0), augmented=True))
+    assert "standing" not in plain.began
+    dropped = method(pretrained=pretrained, ways={"averaging": "released"})
+    dropped.begin_task(replace(task_of(0), augmented=False))
+    assert "standing" not in dropped.began
+
+
 def test_the_transformer_stands_still_and_the_mean_is_over_all_tasks():
     made = method(recipe="corrected", tasks=None)
     before = {name: value.clone() for name, value in made.network.backbone.state_dict().items()}
@@ -215,7 +259,7 @@ def test_old_means_follow_the_drift(seed):
         means = made.model.head.means
         found.append([features[labels == c].double().mean(0) - means[c] for c in task_of(0).classes])
         found[-1] = torch.stack(found[-1]).norm()
-        assert made.began is None
+        assert made.began == {}
         new, own = fused(made, task_of(1))
         for c in task_of(1).classes:
             torch.testing.assert_close(means[c], new[own == c].double().mean(0))

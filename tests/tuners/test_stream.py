@@ -223,6 +223,18 @@ def test_sections_are_passes_side_by_side():
     assert all(parameter.grad is not None for parameter in made.branches[0].current.parameters())
 
 
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_known_sections_are_taken_as_they_are(pretrained):
+    made, x = sections(pretrained=pretrained).eval(), inputs("vit")
+    drawn(made.branches[0].average, 0.2)
+    found = made(x)
+    assert torch.equal(made(x, found[:, :, :-1]), found)
+    other = torch.randn_like(found[:, :, :-1])
+    again = made(x, other)
+    assert torch.equal(again[:, :, :-1], other)
+    assert torch.equal(again[:, :, -1], found[:, :, -1])
+
+
 @pytest.mark.parametrize("still", [True, False])
 def test_only_what_trains_has_dropout_unless_told_otherwise(still):
     made, x = sections(still=still).train(), inputs("vit")

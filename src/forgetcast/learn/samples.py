@@ -70,7 +70,7 @@ class Samples:
                 places = torch.arange(start, min(start + self.batch_size, len(indices)))
                 yield self._whole_batch(self.read, indices, labels, places)
 
-        return TaskData(index, tasks[index].classes, seen, batches)
+        return TaskData(index, tasks[index].classes, seen, batches, augmented=self.read_training is not None)
 
     def share(
         self,

@@ -57,6 +57,7 @@ class TaskData:
         batches: reads the training samples once, in order, as they are evaluated (no augmentation).
         training: says how the loop will train on it, as a forecast takes it, for these samples in this order, but for
             which outputs the method's loss sees; None where nobody knows, and where no step is taken.
+        augmented: whether steps may see a sample otherwise than `batches` reads it.
     """
 
     index: int
@@ -64,6 +65,7 @@ class TaskData:
     seen: tuple[int, ...]
     batches: Callable[[], Iterator[Batch]]
     training: Callable[[], SGD | AdamW] | None = None
+    augmented: bool = True
 
 
 class Model(nn.Module):

@@ -11,7 +11,7 @@ The recipe "released" does what the authors' code does, the recipe "corrected" w
 chosen alone (docs/ntk_cl.md).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from forgetcast.checks import complaint, require_choice, require_integer, require_number
-from forgetcast.heads.cosine import Cosine, proxies
+from forgetcast.heads.cosine import Cosine
 from forgetcast.heads.fusion import OneToken, SectionAttention
 from forgetcast.heads.prototype import Prototype
 from forgetcast.heads.sectioned import Sectioned
@@ -36,6 +36,7 @@ from forgetcast.protect.processes import of_whole_batch, own_rows
 from forgetcast.tuners.adapter import Bottleneck
 from forgetcast.tuners.anatomy import Anatomy, anatomy
 from forgetcast.tuners.first_token import reads_first_token_alone
+from forgetcast.tuners.fused import FusedSections
 from forgetcast.tuners.generated import Added, Gated, Generator, Inserted, Read
 from forgetcast.tuners.sections import Branch, Sections, tokens_of, width_of
 
@@ -70,56 +71,6 @@ class Ways:
             require_choice(one.name, getattr(self, one.name), WAYS)
 
 
-class Network(nn.Module):
-    """Fused sections side by side, as features; made when the number of tokens is known.
-
-    Args:
-        backbone: a transformer that normalises before attention and feed-forward network.
-        parts: where its blocks are.
-        make: of the backbone, its number of tokens and whether features are of the first alone, the sections and the
-            fusion.
-    """
-
-    def __init__(
-        self, backbone: nn.Module, parts: Anatomy, make: Callable[[nn.Module, int, bool], tuple[Sections, nn.Module]]
-    ) -> None:
-        super().__init__()
-        self.backbone: nn.Module | None = backbone.requires_grad_(False)
-        self.parts, self.make = parts, make
-        self.tokens, self.first_token = 0, False
-        self.sections: Sections | None = None
-        self.fusion: nn.Module | None = None
-        self.proxy: Cosine | None = None
-
-    def build(self, tokens: int, first_token: bool) -> None:
-        """Put the branches in."""
-        assert self.backbone is not None
-        device = next(self.backbone.parameters()).device
-        sections, fusion = self.make(self.backbone, tokens, first_token)
-        self.tokens, self.first_token, self.backbone = tokens, first_token, None
-        self.sections, self.fusion = sections.to(device), fusion.to(device)
-        self.train(self.training)
-
-    def propose(self, classes: int, scale: float) -> Cosine:
-        """New proxies for the classes of a task."""
-        assert self.sections is not None
-        self.proxy = proxies(self.sections.count * self.sections.width, classes, next(self.sections.parameters()))
-        self.proxy.scale.data.fill_(scale)
-        return self.proxy
-
-    def forward(self, inputs: Tensor) -> Float[Tensor, "n D"]:
-        """The fused feature (n, S d)."""
-        return self.three(inputs)[2]
-
-    def three(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Those of the adapters, of the prompts, and of both fused, (n, S d) each."""
-        if self.sections is None or self.fusion is None:
-            raise complaint("a network that has not seen a task", "begin_task first", "Learn a task.")
-        sections = self.sections(inputs)
-        fused = self.fusion(sections)
-        return sections[:, 0].flatten(1), sections[:, 1].flatten(1), fused.flatten(1)
-
-
 class NTKCL(Method):
     """NTK-CL on a transformer.
 
@@ -146,12 +97,14 @@ class NTKCL(Method):
         seed: of which old means released contrast draws.
 
     Attributes:
-        began: features of the task's samples when it began, while old means are to be moved by them.
+        began: what was read of the task's samples when it began: "features", while old means are to be moved by them,
+            and "standing", sections that stand still in the task, with the "places" of their samples in rising order.
         skipped: batches without a pair for the contrast.
 
-    Cost: a step makes two passes forward and backward and two forward, one more with `pretrained`; a task begins and
-    ends with its features. Memory: the parts three times (current, averaged, before), S d numbers a class, and in a
-    task S d numbers a sample.
+    Cost: a step makes two passes forward and backward. Where samples are augmented, or averaged adapters have dropout,
+    it makes two more forward, three with `pretrained`; else these are made once a task, which begins and ends with its
+    features. Memory: the parts three times (current, averaged, before), S d numbers a class, and in a task up to
+    (3 S - 2) d numbers a sample.
 
     Source: arXiv 2407.17120.
     """
@@ -219,15 +172,17 @@ class NTKCL(Method):
         self.old: tuple[int, ...] = ()
         self.means = torch.zeros(0, width * len(weights))
         self.basis: Tensor | None = None
-        self.began: Tensor | None = None
+        self.began: dict[str, Tensor] = {}
         self.skipped = 0
-        super().__init__(Model(Network(backbone, parts, self._made), Sectioned(width * len(weights), weights=weights)))
+        super().__init__(
+            Model(FusedSections(backbone, parts, self._made), Sectioned(width * len(weights), weights=weights))
+        )
 
     @property
-    def network(self) -> Network:
+    def network(self) -> FusedSections:
         """What makes the features."""
         found = self.model.backbone
-        assert isinstance(found, Network)
+        assert isinstance(found, FusedSections)
         return found
 
     @property
@@ -247,15 +202,9 @@ class NTKCL(Method):
             self.network.build(tokens_of(backbone, parts, inputs), alone)
         super().begin_task(task)
         proxy = self.network.propose(len(task.classes), self.proxy_scale)
-        known = bool(self.head.counts.any())
-        if self.ways.proxies == "corrected" or (self.ways.prototypes == "corrected" and known):
-            features, labels = task_features(self.model, task)
-            self.began = features if self.ways.prototypes == "corrected" and known else None
-            if self.ways.proxies == "corrected":
-                means = Prototype(features.shape[1], len(self.classes)).to(features.device)
-                means.observe(features, places_among(self.classes, labels))
-                there = means.counts > 0
-                proxy.weight.data[there] = normalize(means.means[there]).to(proxy.weight)
+        follows = self.ways.prototypes == "corrected" and bool(self.head.counts.any())
+        if follows or self.ways.proxies == "corrected":
+            self._read(task, proxy, follows)
         self._compare([output for output in task.seen if output not in task.classes])
         self.before = self.before or self._copied()
 
@@ -267,7 +216,7 @@ class NTKCL(Method):
         """
         proxy = self.network.proxy
         assert proxy is not None
-        adapters, prompts, fused = self.network.three(batch.inputs)
+        adapters, prompts, fused = self.network.three(batch.inputs, self._standing(batch.indices))
         places = places_among(self.classes, batch.labels)
         total = sum((cross_entropy(proxy(z), places) for z in (adapters, prompts, fused)), start=fused.new_zeros(()))
         moved = (now - self.before[name].to(now) for name, now in self._weights().items())
@@ -286,11 +235,12 @@ class NTKCL(Method):
         if self.ways.averaging == "corrected" or task.index + 1 < (self.tasks or 0):
             sections.fold(task.index, self.decay)
         features, labels = task_features(self.model, task)
-        if self.began is not None:
+        if "features" in self.began:
             known = self.head.counts > 0
-            moves = section_shifts(self.head.means[known], self.began, features, sections.count, self.bandwidth)
+            before = self.began["features"].to(features)
+            moves = section_shifts(self.head.means[known], before, features, sections.count, self.bandwidth)
             self.head.move(known, moves)
-            self.began = None
+        self.began = {}
         self.head.observe(features, labels)
         self.head.solve()
         self.before = self._copied()
@@ -308,7 +258,7 @@ class NTKCL(Method):
             "tokens": network.tokens,
             "first_token": network.first_token,
             "proxies": 0 if network.proxy is None else len(network.proxy.weight),
-            "began": {} if self.began is None else {"features": self.began},
+            "began": dict(self.began),
             "before": dict(self.before),
             "old": list(self.old),
             "skipped": self.skipped,
@@ -323,9 +273,39 @@ class NTKCL(Method):
             self.network.propose(state["proxies"], self.proxy_scale)
         super().load_state_dict(state)
         self.before, self.skipped = dict(state["before"]), state["skipped"]
-        self.began = state["began"].get("features")
+        self.began = dict(state["began"])
         self.generator.set_state(state["generator"].cpu())
         self._compare(state["old"])
+
+    def _read(self, task: TaskData, proxy: Cosine, follows: bool) -> None:
+        """What the task takes from its samples before it trains."""
+        sections, fusion = self.network.sections, self.network.fusion
+        assert sections is not None
+        assert fusion is not None
+        read = []
+        with torch.no_grad(), evaluating(self.model):
+            for batch in task.batches():
+                found = sections(batch.inputs)
+                read.append((fusion(found).flatten(1), found[:, :, :-1], batch.labels, batch.indices))
+        features, standing, labels, indices = (torch.cat(part) for part in zip(*read, strict=True))
+        if follows:
+            self.began["features"] = features
+        if self.ways.averaging == "corrected" and not task.augmented:
+            order = indices.argsort()
+            self.began |= {"standing": standing[order], "places": indices[order]}
+        if self.ways.proxies == "corrected":
+            means = Prototype(features.shape[1], len(self.classes)).to(features.device)
+            means.observe(features, places_among(self.classes, labels))
+            there = means.counts > 0
+            proxy.weight.data[there] = normalize(means.means[there]).to(proxy.weight)
+
+    def _standing(self, indices: Tensor) -> Tensor | None:
+        """The sections of some samples that stand still, where all of them were read."""
+        if "places" not in self.began:
+            return None
+        places, standing = (self.began[name].to(indices.device) for name in ("places", "standing"))
+        rows = torch.searchsorted(places, indices).clamp_max(len(places) - 1)
+        return standing[rows] if bool((places[rows] == indices).all()) else None
 
     def _compare(self, old: Sequence[int]) -> None:
         """Take note of the means of outputs that this task does not bring."""

@@ -7,7 +7,8 @@ Adapters and prompts train in the current passes; the averaged ones have their r
     uniform:      mean_t = mean_{t-1} + (theta_t - mean_{t-1}) / (t + 1)
     exponential:  mean_t = decay mean_{t-1} + (1 - decay) theta_t,   mean_0 = theta_0
 
-and the pretrained one, which both branches share, has nothing. Averaged and pretrained passes take no gradient.
+and the pretrained one, which both branches share, has nothing. Averaged and pretrained passes take no gradient; between
+two takings in of the mean their features of a sample stand still.
 
 Source: arXiv 2407.17120, whose "adaptive" average is the uniform one.
 """
@@ -90,18 +91,26 @@ class Sections(nn.Module):
         self.width = width_of(backbone, parts)
         self.stream = Stream(backbone, parts)
 
-    def forward(self, inputs: Tensor) -> Float[Tensor, "n 2 S d"]:
+    def forward(self, inputs: Tensor, standing: Float[Tensor, "n 2 s d"] | None = None) -> Float[Tensor, "n 2 S d"]:
         """Features by branch and section.
 
-        Cost: two passes with gradient, two without, one more with a pretrained section.
+        Args:
+            inputs: samples.
+            standing: the sections before the current ones, s = S - 1, where they are known already.
+
+        Cost: two passes with gradient; without `standing` two without, one more with a pretrained section.
         """
         with torch.no_grad():
-            shared = [self._run(Pass(), inputs)] if self.pretrained else []
+            shared = [self._run(Pass(), inputs)] if self.pretrained and standing is None else []
         found = []
-        for branch in cast("Sequence[Branch]", self.branches):
-            with torch.no_grad():
-                averaged = self._run(branch.begin(branch.average), inputs)
-            found.append(torch.stack([*shared, averaged, self._run(branch.begin(branch.current), inputs)], 1))
+        for place, branch in enumerate(cast("Sequence[Branch]", self.branches)):
+            if standing is None:
+                with torch.no_grad():
+                    earlier = torch.stack([*shared, self._run(branch.begin(branch.average), inputs)], 1)
+            else:
+                earlier = standing[:, place]
+            current = self._run(branch.begin(branch.current), inputs)
+            found.append(torch.cat([earlier.to(current), current[:, None]], 1))
         return torch.stack(found, 1)
 
     def train(self, mode: bool = True) -> "Sections":
