@@ -57,7 +57,7 @@ def page(result: Table) -> str:
     ]
     if partial and MAIN in rows:
         lines = [ABLATED, rule(ABLATED), *(_ablated(rows, label) for label in partial), *_votes(rows)]
-        parts += ["## What each part gives", _ABOUT, "\n".join(lines), _helps(rows, partial)]
+        parts += ["## What each part gives", _ABOUT, "\n".join(lines), _compared(rows, partial)]
     if WITHOUT_ORTHOGONALITY in partial:
         parts += ["## Orthogonality and the kernel between tasks", *_interplay(rows)]
     return "\n\n".join(parts) + "\n"
@@ -214,16 +214,13 @@ between tasks s and t: mean square of its entries (`energy`, with the term divid
 the fused feature."""
 
 
-def _helps(rows: Mapping[str, Mapping[int, Table]], partial: Sequence[str]) -> str:
-    kinds: dict[str, list[str]] = {"helps": [], "hurts": [], "makes no difference beyond the noise of seeds": []}
+def _compared(rows: Mapping[str, Mapping[int, Table]], partial: Sequence[str]) -> str:
+    kinds: dict[str, list[str]] = {"better than with": [], "worse than with": [], "not told from that with": []}
     for label in partial:
         gap = gaps(rows, MAIN, label, LAST)
-        sign = "makes no difference beyond the noise of seeds"
+        kind = "not told from that with"
         if len(gap) > 1 and sure(gap):
-            sign = "helps" if fmean(gap) > 0 else "hurts"
-        kinds[sign].append(label.removeprefix(f"{MAIN}, ").removeprefix("no ").removesuffix(" as released"))
-    return (
-        "By last accuracy, a part or term "
-        + "; ".join(f"{kind}: {', '.join(names) or 'none'}" for kind, names in kinds.items())
-        + "."
-    )
+            kind = "better than with" if fmean(gap) > 0 else "worse than with"
+        kinds[kind].append(label.removeprefix(f"{MAIN}, ").removeprefix("with "))
+    listed = "; ".join(f"{kind}: {', '.join(names) or 'none'}" for kind, names in kinds.items())
+    return f"By last accuracy `{MAIN}` is {listed}."
