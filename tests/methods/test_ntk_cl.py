@@ -15,6 +15,7 @@ from forgetcast.learn.optimizer import Optimization
 from forgetcast.methods.base import Batch, TaskData
 from forgetcast.methods.ntk_cl import NTKCL, Ways
 from forgetcast.modes import evaluating
+from forgetcast.protect.memory import task_features
 from forgetcast.protect.orthogonal import old_basis
 from forgetcast.streams.scenarios import class_incremental
 from forgetcast.streams.sources import Source
@@ -203,18 +204,11 @@ def test_orthogonality_takes_energy_out_of_the_kernel_between_tasks():
     assert change[:, 1].mean() < -0.1
 
 
-def fused(made: NTKCL, task: TaskData) -> tuple[torch.Tensor, torch.Tensor]:
-    with torch.no_grad(), evaluating(made.model):
-        parts = [(made.model.features(batch.inputs), batch.labels) for batch in task.batches()]
-    features, labels = (torch.cat(some) for some in zip(*parts, strict=True))
-    return features, labels
-
-
 def test_proxies_start_at_the_class_means_of_the_features_as_they_are():
     made = method(tasks=None)
     learn(made, stream(), OPTIMIZATION, seed=2, until=1)
     task = task_of(1)
-    features, labels = fused(made, task)
+    features, labels = task_features(made.model, task)
     made.begin_task(task)
     means = torch.stack([features[labels == output].double().mean(0) for output in task.classes])
     torch.testing.assert_close(made.network.proxy.weight.double(), normalize(means), atol=1e-6, rtol=0)
@@ -255,12 +249,12 @@ def test_old_means_follow_the_drift(seed):
         torch.manual_seed(seed)
         made = NTKCL(Transformer(WIDTH), WIDTH, prompts=2, rank=16, dropout=0.0, ways={"prototypes": way})
         learn(made, stream(), OPTIMIZATION, seed=seed, until=2)
-        features, labels = fused(made, task_of(0))
+        features, labels = task_features(made.model, task_of(0))
         means = made.model.head.means
         found.append([features[labels == c].double().mean(0) - means[c] for c in task_of(0).classes])
         found[-1] = torch.stack(found[-1]).norm()
         assert made.began == {}
-        new, own = fused(made, task_of(1))
+        new, own = task_features(made.model, task_of(1))
         for c in task_of(1).classes:
             torch.testing.assert_close(means[c], new[own == c].double().mean(0))
     assert found[0] < 0.8 * found[1]
