@@ -338,6 +338,14 @@ def test_options_out_of_range(options, message):
         method(**options)
 
 
+def test_a_task_without_batches_is_an_error():
+    made = method()
+    made.begin_task(task_of(0))
+    made.end_task(task_of(0))
+    with pytest.raises(ValueError, match="a task without batches"):
+        made.begin_task(replace(task_of(1), batches=lambda: iter(())))
+
+
 def test_images_of_another_size_are_refused():
     made = method()
     made.begin_task(task_of(0))

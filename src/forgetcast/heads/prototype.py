@@ -40,7 +40,7 @@ class Prototype(StreamedHead):
         return self.sums / self.counts.clamp_min(1)[:, None]
 
     def move(self, which: Bool[Tensor, " C"], moves: Float[Tensor, "m d"]) -> None:
-        """Add to the means of some classes, as if each of their samples had moved by as much.
+        """`mu_c <- mu_c + move_c` for some classes, as if each of their samples had moved by as much.
 
         Args:
             which: the m classes.

@@ -278,7 +278,11 @@ class NTKCL(Method):
         self._compare(state["old"])
 
     def _read(self, task: TaskData, proxy: Cosine, follows: bool) -> None:
-        """What the task takes from its samples before it trains."""
+        """What the task takes from its samples before it trains.
+
+        Raises:
+            ValueError: a task without batches.
+        """
         sections, fusion = self.network.sections, self.network.fusion
         assert sections is not None
         assert fusion is not None
@@ -287,6 +291,8 @@ class NTKCL(Method):
             for batch in task.batches():
                 found = sections(batch.inputs)
                 read.append((fusion(found).flatten(1), found[:, :, :-1], batch.labels, batch.indices))
+        if not read:
+            raise complaint("a task without batches", "at least one", "Let `TaskData.batches` read the task.")
         features, standing, labels, indices = (torch.cat(part) for part in zip(*read, strict=True))
         if follows:
             self.began["features"] = features

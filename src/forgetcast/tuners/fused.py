@@ -1,4 +1,9 @@
-"""Sections of two branches fused into one feature, and the proxies of classes that a task trains them with."""
+"""Sections of two branches fused into one feature, and the proxies of classes that a task trains them with.
+
+    z (n, 2, S, d) of adapters and prompts -> z_f (n, S d),        logits sigma cos(z, w_c) of the task's classes
+
+Source: arXiv 2407.17120; cost and fusion as `Sections` and `heads/fusion.py` say.
+"""
 
 from collections.abc import Callable
 

@@ -7,8 +7,8 @@ Adapters and prompts train in the current passes; the averaged ones have their r
     uniform:      mean_t = mean_{t-1} + (theta_t - mean_{t-1}) / (t + 1)
     exponential:  mean_t = decay mean_{t-1} + (1 - decay) theta_t,   mean_0 = theta_0
 
-and the pretrained one, which both branches share, has nothing. Averaged and pretrained passes take no gradient; between
-two takings in of the mean their features of a sample stand still.
+and the pretrained one, which both branches share, has nothing. Averaged and pretrained passes take no gradient, and
+their features of a sample stand still until the mean takes in the next parts.
 
 Source: arXiv 2407.17120, whose "adaptive" average is the uniform one.
 """
