@@ -26,8 +26,8 @@ epochs). Rates are chosen by average accuracy on validation samples (a fifth of 
 of all tasks of seed {tuning_seed}, which is no seed of the table. Weights of terms are the paper's (contrast 0.03) or
 this project's defaults, and were not tuned. Scale of the proxies (20) and bandwidth (1) are those of the first trials,
 at seed {tuning_seed}, trained on the same images and judged by training images outside of this table: bandwidths of 0.5
-and 2 made no difference beyond noise, nor did a scale of 10 at a low rate. Where the head is linear, both it and class means
-(cosine) of the features are shown.
+and 2 made no difference beyond noise, nor did a scale of 10 at a low rate. Where the head is linear, both it and class
+means (cosine) of the features are shown.
 
 `stored` are numbers in the state after the last task, the frozen blocks that are tuned included; `s` are processor
 seconds of the whole run, evaluation included."""

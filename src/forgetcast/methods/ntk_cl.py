@@ -54,7 +54,7 @@ class Ways:
         contrast: pulls a class together and away from old means, or pushes it apart.
         orthogonality: falls with the energy in the span of old means, or with the signed sum of what is outside.
         averaging: averaged adapters without dropout and the last task in the mean, or with it and without the task.
-        proxies: at first the class means of the features as they are, or random directions that features are drawn to.
+        proxies: at first class means of the features as they are, at scale 20, or random directions at scale 1.
         prototypes: old class means follow the drift of the features, or stay.
     """
 
